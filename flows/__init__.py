@@ -1,0 +1,1 @@
+"""When things run: knows stages by name only; never imports torch."""

@@ -1,0 +1,52 @@
+"""Which device and which optional kernels this machine has; the only place that probes them.
+
+python -m modeling.backends                     print the table
+python -m modeling.backends --require unsloth   exit 2, saying what is missing, unless it works
+"""
+
+import importlib.util
+import sys
+
+import torch
+
+GPU_PACKAGES = {
+    "unsloth": "faster fine-tuning; needs an environment of its own (pip install unsloth)",
+    "flash_attn": "attention kernels (pip install flash-attn --no-build-isolation)",
+    "mamba_ssm": "selective-scan kernels (pip install mamba-ssm --no-build-isolation)",
+}
+
+
+def default_device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def what_is_missing(package: str) -> list[str]:
+    """What keeps an optional GPU package from being used here; empty when nothing does."""
+    if package not in GPU_PACKAGES:
+        raise ValueError(f"unknown package '{package}'; known: {', '.join(GPU_PACKAGES)}")
+    missing = []
+    if not torch.cuda.is_available():
+        missing.append("a CUDA GPU (torch.cuda.is_available() is False)")
+    if importlib.util.find_spec(package) is None:
+        missing.append(f"the package {package}: {GPU_PACKAGES[package]}")
+    return missing
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table, or check one requirement."""
+    if arguments[:1] == ["--require"] and len(arguments) == 2:
+        missing = what_is_missing(arguments[1])
+        if missing:
+            print(f"{arguments[1]} cannot be used here; missing: {'; '.join(missing)}")
+        return 2 if missing else 0
+    print(
+        f"device: {default_device()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+    for package in GPU_PACKAGES:
+        print(f"{package}: {'; '.join(what_is_missing(package)) or 'usable'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

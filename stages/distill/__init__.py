@@ -1,0 +1,1 @@
+"""Make a smaller student and teach it the teacher's distribution."""

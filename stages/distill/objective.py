@@ -1,0 +1,148 @@
+"""Distillation with activation anchoring: the student's loss on one batch of stored targets.
+
+    L = kd_weight * T^2 KL(teacher_T || student_T) + ce_weight * CE
+        + anchor_weight * sum_l w_l |W_l^T (P_l h_s - mean_l) - c_l|^2 / S
+
+over next-token positions; KL over the teacher's top-k and the tail (modeling/losses.py). c_l are
+the stored whitened coordinates of the teacher's anchor block l, W_l its whitening, so the last term
+is an error relative to the subspace's own variance; w_l are the blocks' ablation harms, normalised;
+P_l is a learned D x D map, started at the identity and thrown away afterwards.
+
+The prefix, the blocks that student and teacher share, is read from the targets: it is neither
+computed nor trained.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modeling.blocks import BlockCalls, capture_calls, dissect, run_block
+from modeling.losses import head_loss
+from stages.formats.importance import Subspaces
+from stages.formats.targets import Batch
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How much each term counts."""
+
+    kd: float
+    ce: float
+    anchor: float
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A teacher block whose output the student stays close to, and where the student has it."""
+
+    block: int  # of the teacher
+    student_block: int  # whose output is compared
+    weight: float  # normalised over all anchors
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One batch's loss, and its parts as numbers."""
+
+    total: Tensor
+    kl: float
+    ce: float
+    anchor: float
+
+
+class AnchorMaps(nn.Module):
+    """The learned maps P_l, one a teacher anchor block; kept in float32."""
+
+    def __init__(self, anchors: list[Anchor], width: int) -> None:
+        super().__init__()
+        self.maps = nn.ParameterDict(
+            {str(a.block): nn.Parameter(torch.eye(width)) for a in anchors}
+        )
+
+    def forward(self, block: int, hidden: Tensor) -> Tensor:
+        """P_l h for hidden (..., D)."""
+        return hidden.float() @ self.maps[str(block)].T
+
+
+def place_anchors(blocks: tuple[int, ...], dropped: list[int], harms: list[float]) -> list[Anchor]:
+    """Find where the student has the output of each teacher anchor block.
+
+    A kept block is in its new place. The end of a gap is the output of the bridge before it. A block
+    inside a gap has no counterpart and is left out.
+    """
+    placed = []
+    for block in blocks:
+        if block in dropped and block + 1 in dropped:
+            continue
+        earlier = sum(other <= block for other in dropped)
+        placed.append((block, block - earlier))
+    total = sum(harms[block] for block, _ in placed)
+    return [Anchor(block, position, harms[block] / total) for block, position in placed]
+
+
+def trainable(
+    student: PreTrainedModel, prefix: int, maps: AnchorMaps
+) -> list[tuple[str, nn.Parameter]]:
+    """Everything behind the prefix but the head (which is the embedding in tied models)."""
+    anatomy = dissect(student)
+    named = [
+        (f"blocks.{index}.{name}", parameter)
+        for index, block in enumerate(anatomy.blocks)
+        if index >= prefix
+        for name, parameter in block.named_parameters()
+    ]
+    named += [(f"norm.{name}", parameter) for name, parameter in anatomy.norm.named_parameters()]
+    return named + list(maps.named_parameters())
+
+
+class Objective:
+    """The loss as a function of a batch; holds what stays the same from step to step."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        prefix: int,
+        anchors: list[Anchor],
+        maps: AnchorMaps,
+        subspaces: Subspaces,
+        weights: Weights,
+    ) -> None:
+        self.student, self.prefix, self.weights = student, prefix, weights
+        self.anatomy = dissect(student)
+        self.anchors, self.maps, self.subspaces = anchors, maps, subspaces
+        self._calls: BlockCalls | None = None
+
+    def __call__(self, batch: Batch) -> Loss:
+        """Compute the loss of one batch; back-propagate from its `total`."""
+        hidden, states = self._forward(batch)
+        labels, targets = batch.next_token()
+        w = self.weights
+        head, kl, ce = head_loss(
+            self.anatomy.normed(hidden)[:, :-1].flatten(0, 1),
+            self.anatomy.head.weight, labels, targets, w.kd, w.ce, w.temperature,
+        )  # fmt: skip
+        anchor = self._anchor_loss(batch, states)
+        return Loss(head + w.anchor * anchor, kl, ce, anchor.item())
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the blocks behind the prefix: the last state, and the output of every block."""
+        if self._calls is None or self._calls.hidden.shape[:2] != batch.tokens.shape:
+            self._calls = capture_calls(self.student, batch.tokens)
+        hidden, states = batch.prefix, {}
+        for index in range(self.prefix, len(self.anatomy.blocks)):
+            hidden = run_block(self.anatomy.blocks[index], self._calls, index, hidden)
+            states[index] = hidden
+        return hidden, states
+
+    def _anchor_loss(self, batch: Batch, states: dict[int, Tensor]) -> Tensor:
+        total = torch.zeros(())
+        if self.weights.anchor == 0:
+            return total
+        for anchor in self.anchors:
+            mapped = self.maps(anchor.block, states[anchor.student_block])
+            error = self.subspaces.whiten(anchor.block, mapped) - batch.anchors[anchor.block]
+            total = total + anchor.weight * error.square().mean()
+        return total

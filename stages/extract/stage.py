@@ -1,0 +1,113 @@
+"""Extract (the seeds' SLI): keep what a teacher answers, so that it need not be there later.
+
+Steps, for the training rows in groups:
+  1. run the teacher once
+  2. keep the most likely next tokens, their log-probabilities, and the mass of all others
+  3. keep the state behind the first blocks: a student that shares them reads it from here
+  4. keep anchor blocks' outputs, only as whitened coordinates in their principal subspaces
+
+reads    prepare   training rows
+         profile   subspaces
+writes   shards of targets (stages/formats/targets.py)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.contract import Job, Metrics, Stage
+from stages.params import require_at_least, require_within
+
+
+@dataclass(frozen=True)
+class Params:
+    """The section `extract` of params.yaml; comments and units stand there."""
+
+    top_k: int
+    prefix_depth: float
+    anchor_depths: tuple[float, ...]
+    batch_rows: int
+    shard_rows: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        require_at_least(
+            1, top_k=self.top_k, batch_rows=self.batch_rows, shard_rows=self.shard_rows
+        )
+        require_at_least(0, seed=self.seed)
+        require_within(0.0, 0.9, prefix_depth=self.prefix_depth)
+        for depth in self.anchor_depths:
+            require_within(self.prefix_depth, 1.0, anchor_depths=depth)
+        if self.shard_rows % self.batch_rows:
+            raise ValueError(
+                f"'shard_rows' ({self.shard_rows}) must be a multiple of 'batch_rows' "
+                f"({self.batch_rows})"
+            )
+
+
+class Shards:
+    """How many shards are written; they lie in the output already, so this is all there is to keep."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def save(self, folder: Path) -> None:
+        """Write the count."""
+        (folder / "shards.txt").write_text(str(self.done), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Read the count."""
+        self.done = int((folder / "shards.txt").read_text(encoding="utf-8"))
+
+
+def run(params: Params, job: Job) -> Metrics:
+    """Run the teacher over the training rows; see the module's steps."""
+    import torch
+
+    from modeling.blocks import dissect
+    from modeling.loading import locate, open_model
+    from stages.extract.answers import read_answers
+    from stages.formats.importance import read_subspaces, share_of_depth
+    from stages.formats.targets import write_header, write_shard
+    from stages.formats.tokens import read_all_rows
+
+    rows = torch.from_numpy(read_all_rows(job.input("prepare"), "train", params.seed))
+    subspaces = read_subspaces(job.input("profile"))
+    model = open_model(locate(job.item))
+    blocks = len(dissect(model).blocks)
+    prefix = share_of_depth(params.prefix_depth, blocks)
+    anchors = tuple(sorted({share_of_depth(d, blocks) - 1 for d in params.anchor_depths}))
+    shards = rows.split(params.shard_rows)
+    state = job.resume(Shards())
+    for number in range(state.done, len(shards)):
+        parts = [
+            read_answers(model, batch, params.top_k, prefix, anchors, subspaces)
+            for batch in shards[number].split(params.batch_rows)
+        ]
+        tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        write_shard(job.output, number, tensors)
+        state.done = number + 1
+        tail = tensors["tail"].float().exp().mean().item()
+        job.step_done(state, state.done, len(shards), tail_mass=tail)
+    fields = {"teacher": job.item, "prefix_blocks": prefix, "anchors": anchors}
+    write_header(job.output, **fields, rows=len(rows), row_tokens=rows.shape[1])
+    size = sum(path.stat().st_size for path in job.output.glob("shard-*"))
+    return {
+        "tokens": rows.numel(),
+        "bytes_per_token": round(size / rows.numel(), 1),
+        "top_k_mass": round(1 - mean_tail(job.output), 5),
+    }
+
+
+def mean_tail(folder: Path) -> float:
+    """The mean mass outside the top-k over all shards; read back, so it holds after a resume too."""
+    import torch
+    from safetensors import safe_open
+
+    tails = []
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        with safe_open(path, "pt") as shard:
+            tails.append(shard.get_tensor("tail").float().exp().flatten())
+    return torch.cat(tails).mean().item()
+
+
+STAGE = Stage("extract", Params, run)

@@ -1,0 +1,45 @@
+"""Token rows: what `prepare` hands to every later stage.
+
+    tokens/SPLIT/SOURCE.npy    (rows, row_tokens) uint16 or uint32; documents separated by EOS
+    documents.jsonl            {"split", "source", "id", "text"} a document, for reading
+
+SPLIT is train, calibration (choosing blocks, closed-form fits), heldout (measured on, never
+trained on) or benchmark (texts of other kinds; never trained on, and removed from the rest).
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+SPLITS = ("train", "calibration", "heldout", "benchmark")
+
+
+def write_rows(folder: Path, split: str, source: str, rows: np.ndarray) -> None:
+    """Write (rows, row_tokens) token ids, in the smallest type that holds them."""
+    path = folder / "tokens" / split / f"{source}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    narrow = rows.size == 0 or rows.max() < 2**16
+    np.save(path, rows.astype(np.uint16 if narrow else np.uint32))
+
+
+def read_rows(folder: Path, split: str) -> dict[str, np.ndarray]:
+    """Give the token rows of a split by source: (rows, row_tokens) int64 each."""
+    paths = sorted((folder / "tokens" / split).glob("*.npy"))
+    if split not in SPLITS or not paths:
+        raise ValueError(f"{folder} has no split '{split}'; splits are {', '.join(SPLITS)}")
+    return {path.stem: np.load(path).astype(np.int64) for path in paths}
+
+
+def read_all_rows(folder: Path, split: str, seed: int) -> np.ndarray:
+    """Give the rows of all sources of a split, shuffled by a seed: (rows, row_tokens) int64."""
+    rows = np.concatenate(list(read_rows(folder, split).values()))
+    return rows[np.random.default_rng(seed).permutation(len(rows))]
+
+
+def write_documents(folder: Path, documents: Iterable[dict[str, str]]) -> None:
+    """Write documents.jsonl."""
+    with (folder / "documents.jsonl").open("w", encoding="utf-8") as stream:
+        for document in documents:
+            stream.write(json.dumps(document, ensure_ascii=False) + "\n")

@@ -1,0 +1,1 @@
+"""Documents in, clean token rows out."""

@@ -1,0 +1,1 @@
+"""Which blocks of a teacher matter, and in which directions."""

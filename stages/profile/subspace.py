@@ -1,0 +1,51 @@
+"""Principal subspaces of block outputs, from a running covariance, and a control for them.
+
+The covariance is accumulated exactly (float64 sums over all tokens), so no batch is refitted or
+forgotten. Differs from NIWT's stage 3 (an SVD of a mask's outer product, of rank 1 by construction).
+"""
+
+import torch
+from torch import Tensor
+
+
+class RunningCovariance:
+    """Sums from which the mean and covariance of each block's output follow."""
+
+    def __init__(self, blocks: int, width: int) -> None:
+        self.count = 0
+        self.total = torch.zeros(blocks, width, dtype=torch.float64)
+        self.products = torch.zeros(blocks, width, width, dtype=torch.float64)
+
+    def add(self, states: list[Tensor]) -> None:
+        """Take in one batch: the output (B, T, D) of every block."""
+        for block, state in enumerate(states):
+            flat = state.flatten(0, -2).float()  # (B T, D)
+            self.total[block] += flat.double().sum(0)
+            self.products[block] += (flat.T @ flat).double()
+        self.count += states[0].shape[0] * states[0].shape[1]
+
+    def principal(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean (L, D), directions (L, D, D) and variances (L, D), largest first; float32."""
+        mean = self.total / self.count
+        covariance = self.products / self.count - mean[:, :, None] * mean[:, None, :]
+        variance, directions = torch.linalg.eigh(covariance)
+        flipped = directions.flip(-1).float(), variance.flip(-1).clamp_min(0).float()
+        return mean.float(), *flipped
+
+
+def rank_holding(variance: Tensor, share: float) -> int:
+    """How many leading directions hold `share` of the variance: (D,) -> count."""
+    cumulative = variance.double().cumsum(0) / variance.double().sum()
+    return int((cumulative < share).sum()) + 1
+
+
+def project(hidden: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
+    """Keep only what lies in a subspace: mean (D,), orthonormal basis (D, R)."""
+    centred = hidden.float() - mean
+    return (mean + centred @ basis @ basis.T).to(hidden.dtype)
+
+
+def random_basis(width: int, rank: int, seed: int) -> Tensor:
+    """An orthonormal basis of a random subspace, (D, R): the control that a real one must beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(width, rank, generator=generator))[0]

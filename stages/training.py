@@ -1,0 +1,94 @@
+"""TrainState: everything that a training loop changes, saved and loaded as one.
+
+Weights are bfloat16 for the matrix units; the optimizer works on float32 master copies, because a
+learning rate of 3e-4 is below bfloat16's resolution.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+class TrainState:
+    """Trainable parameters with their float32 masters, AdamW (Loshchilov 2019) and a step count."""
+
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], learning_rate: float, steps: int
+    ) -> None:
+        self.step = 0
+        self.steps = steps
+        self.learning_rate = learning_rate
+        self._live = dict(parameters)
+        for parameter in self._live.values():
+            parameter.requires_grad_(True)
+        self._masters = {
+            name: nn.Parameter(parameter.detach().float().clone())
+            for name, parameter in self._live.items()
+        }
+        self._optimizer = torch.optim.AdamW(
+            self._masters.values(),
+            lr=learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=True,
+        )
+
+    def update(self, warmup: float, clip: float) -> float:
+        """Take one optimizer step with the gradients that are there; give their norm.
+
+        warmup: share of all steps, then a cosine to a tenth of the rate.  clip: largest norm.
+        Raises FloatingPointError for a gradient that is not finite; nothing is changed then.
+        """
+        for name, parameter in self._live.items():
+            self._masters[name].grad = parameter.grad.float()
+            parameter.grad = None
+        norm = nn.utils.clip_grad_norm_(self._masters.values(), clip).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient is {norm} at step {self.step + 1}; lower the learning rate "
+                f"(now {self.learning_rate})"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate * schedule(self.step, self.steps, warmup)
+        self._optimizer.step()
+        self.step += 1
+        self._copy_to_live()
+        return norm
+
+    def save(self, folder: Path) -> None:
+        """Write masters, both moments and the step as safetensors."""
+        tensors: dict[str, Tensor] = {"step": torch.tensor(self.step)}
+        for name, master in self._masters.items():
+            tensors[f"master.{name}"] = master.data
+            for key, value in self._optimizer.state.get(master, {}).items():
+                tensors[f"{key}.{name}"] = value
+        save_file(tensors, folder / "train.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Take over what `save` wrote, to the bit."""
+        tensors = load_file(folder / "train.safetensors")
+        self.step = int(tensors["step"])
+        for name, master in self._masters.items():
+            master.data.copy_(tensors[f"master.{name}"])
+            state = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if state["step"] is not None:
+                self._optimizer.state[master] = state
+        self._copy_to_live()
+
+    @torch.no_grad()
+    def _copy_to_live(self) -> None:
+        for name, parameter in self._live.items():
+            parameter.copy_(self._masters[name])
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Share of the learning rate at a step: linear warm-up, then a cosine down to a tenth."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    position = (step - rise) / max(1, steps - rise)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * position))
