@@ -28,8 +28,8 @@ examples
 stages
   prepare > profile (a teacher) > extract (a teacher) > distill > benchmark
 
-A run that was stopped or killed goes on from its last checkpoint when it is started again. --preset,
---set, --models, --datasets and --sample-size change params.yaml and stay in force.
+A run that was stopped or killed goes on from its last checkpoint when it is started again.
+--preset, --set, --models, --datasets and --sample-size change params.yaml and stay in force.
 
 exit codes: 0 done, 1 a stage failed, 2 a wrong option or parameter, 75 another run holds the
 lock, 130 stopped by a signal"""
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe every option."""
     parser = argparse.ArgumentParser(
         prog="./run_pipeline.sh",
-        description="Turn a big teacher model into a small student: profile, extract, distil, measure.",
+        description="Turn a big teacher model into a small student, and measure it.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -85,9 +85,7 @@ def main(arguments: list[str]) -> int:
             return _look(options)
         with PipelineLock(ROOT / ".pipeline.lock", _typed(arguments), _lock_mode(options)) as lock:
             if lock.previous:
-                print(
-                    f"the run before this one ended without a word ({lock.previous.describe()}); going on"
-                )
+                print(f"the run before this one was killed ({lock.previous.describe()}); going on")
             return _act(options)
     except Held as held:
         print(held, file=sys.stderr)

@@ -158,12 +158,15 @@ def prefect_server(root: Path) -> Iterator[None]:
         port = probe.getsockname()[1]
     log = root / "scratch" / "logs" / "prefect.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    server = [sys.executable, "-m", "prefect", "server", "start", "--no-services"]
+    start = "prefect server start --no-services --host 127.0.0.1 --port".split()
     with log.open("ab") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.child", *server, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "flows.child", sys.executable, "-m", *start, str(port)],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     try:
         _wait_for(process, port, log)

@@ -79,8 +79,8 @@ def select_nodes(nodes: list[Node], only: str | None, start: str | None) -> list
             for name in node.upstream:
                 if name not in names and not Path(by_name[name].out).exists():
                     raise FileNotFoundError(
-                        f"stage '{node.name}' needs {by_name[name].out}, which is not there; run it "
-                        f"first: ./run_pipeline.sh --stage {by_name[name].stage}"
+                        f"stage '{node.name}' needs {by_name[name].out}, which is not there; "
+                        f"run that first: ./run_pipeline.sh --stage {by_name[name].stage}"
                     )
         return chosen
     if start is not None:

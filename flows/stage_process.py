@@ -1,4 +1,4 @@
-"""Run one DVC stage in a process group of its own, and stop it so that it can write a checkpoint."""
+"""Run one DVC stage in its own process group; stop it so that it can write a checkpoint."""
 
 import contextlib
 import json

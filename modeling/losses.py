@@ -131,7 +131,7 @@ class TeacherView:
         return cls(probs, (probs * log_probs).sum(-1), logits.argmax(-1))
 
     def kl(self, logits: Tensor) -> Tensor:
-        """KL(teacher || student) in nats over the full vocabulary: student logits (N, V) -> (N,)."""
+        """KL(teacher || student) in nats over the full vocabulary: logits (N, V) -> (N,)."""
         logits = logits.float()
         return self.negative_entropy - (self.probs * logits).sum(-1) + logits.logsumexp(-1)
 

@@ -100,7 +100,7 @@ def find_stage(name: str) -> Stage:
 
 
 def check_all_params(file: Path) -> int:
-    """Build the parameters of every stage that a params file has a section for, before any costs."""
+    """Build every stage's parameters from a params file, before anything costs anything."""
     try:
         for name in read_params_file(file):
             if (ROOT / "stages" / name / "stage.py").is_file():

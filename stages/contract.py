@@ -16,6 +16,7 @@ DVC deletes a stage's outs before it runs, so nothing that must survive a crash 
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Job:
         self._measured: Metrics = {}
 
     def input(self, stage: str) -> Path:
-        """The folder of a finished stage. Raises ValueError for one that dvc.yaml does not declare."""
+        """The folder of a finished stage; raises ValueError for one not declared in dvc.yaml."""
         inputs = self.declaration.inputs
         if stage not in inputs:
             declared = ", ".join(inputs) or "no input"
@@ -89,7 +90,7 @@ class Job:
     def resume(self, fresh: State, phase: str = "main") -> State:
         """Give `fresh`, brought to the last intact checkpoint of this phase if there is one.
 
-        Only checkpoints of the same fingerprint (parameters, inputs, code, libraries) are looked at.
+        Only checkpoints of the same fingerprint (parameters, inputs, code, libraries) count.
         """
         self._last_checkpoint = time.monotonic()
         checkpoint, problems = newest_checkpoint(self._checkpoints(phase))
@@ -128,7 +129,8 @@ class Job:
 
     def say(self, text: str) -> None:
         """Print one line to the stage's log."""
-        print(f"{self.node}: {text}", flush=True)
+        sys.stdout.write(f"{self.node}: {text}\n")
+        sys.stdout.flush()
 
     def is_complete(self) -> bool:
         """Whether this work is done and only its publication was interrupted."""

@@ -35,7 +35,7 @@ def read_section(path: Path, section: str, record: type[Params]) -> Params:
 
 
 def require_at_least(minimum: float, **values: float) -> None:
-    """Refuse values below a minimum, by name; for a Params' __post_init__. Seeds are not negative."""
+    """Refuse values below a minimum, by name; for a Params' __post_init__."""
     for name, value in values.items():
         if value < minimum:
             raise ValueError(f"'{name}' is {value}; it must be at least {minimum:g}")

@@ -82,7 +82,7 @@ def peak_memory_bytes() -> int:
 
 @contextlib.contextmanager
 def only_one(path: Path, node: str) -> Iterator[None]:
-    """Hold a stage's lock; raises Busy naming the holder. The file tells the flow whom to signal."""
+    """Hold a stage's lock, whose file tells the flow whom to signal; raises Busy."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as handle:
         try:

@@ -120,7 +120,7 @@ __path__.append({str(REPOSITORY / "stages")!r})
 """
 
 WALK = '''
-"""A seeded random walk, checkpointed after every step; $TROUBLE says what happens to it, and when."""
+"""A seeded random walk, checkpointed after each step; $TROUBLE says what happens, and when."""
 
 import builtins
 import errno

@@ -70,8 +70,8 @@ class AnchorMaps(nn.Module):
 def place_anchors(blocks: tuple[int, ...], dropped: list[int], harms: list[float]) -> list[Anchor]:
     """Find where the student has the output of each teacher anchor block.
 
-    A kept block is in its new place. The end of a gap is the output of the bridge before it. A block
-    inside a gap has no counterpart and is left out.
+    A kept block is in its new place. The end of a gap is the output of the bridge before it. A
+    block inside a gap has no counterpart and is left out.
     """
     placed = []
     for block in blocks:

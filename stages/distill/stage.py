@@ -119,8 +119,8 @@ def only_teacher(folders: dict) -> tuple:
     """The one teacher there is; several at once are for a later version, and said so."""
     if len(folders) != 1:
         raise ValueError(
-            f"distill learns from one teacher so far, and there are targets of {', '.join(folders)}; "
-            "choose one: ./run_pipeline.sh --models NAME"
+            f"distill learns from one teacher so far; there are targets of {', '.join(folders)}. "
+            "Choose one: ./run_pipeline.sh --models NAME"
         )
     return next(iter(folders.items()))
 

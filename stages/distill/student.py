@@ -10,8 +10,8 @@ student's, w_n = 1 / |teacher's state|^2, A = sum_n w_n a_n a_n^T. Gaps are clos
 back, each on the states that the student really has by then.
 
 Differs from ReplaceMe (Shopkhoev 2025), which fits a D x D map behind the block: fitting the
-F x D down-projection itself contains that map, adds no weights, and leaves a stock model. (On
-SmolLM2-135M without 6 blocks: KL 0.83 before, 0.44 after; 0.48 with a D x D map of the normed state.)
+F x D down-projection itself contains that map, adds no weights, and leaves a stock model.
+(SmolLM2-135M less 6 blocks: KL 0.83 before, 0.44 after; 0.48 with a D x D map of the normed state.)
 """
 
 import copy
@@ -47,8 +47,9 @@ def choose_blocks(importance: list[BlockImportance], count: int, prefix: int) ->
     candidates = importance[prefix + 1 :]
     if count > len(candidates):
         raise ValueError(
-            f"{count} blocks are to be dropped, but only {len(candidates)} of {len(importance)} lie "
-            f"behind the shared prefix of {prefix}; lower extract.prefix_depth or take a larger student"
+            f"{count} blocks are to be dropped, but only {len(candidates)} of {len(importance)} "
+            f"lie behind the shared prefix of {prefix}; lower extract.prefix_depth or take a "
+            "larger student"
         )
     return sorted(block.block for block in sorted(candidates, key=lambda b: b.harm)[:count])
 

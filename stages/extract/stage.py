@@ -45,7 +45,7 @@ class Params:
 
 
 class Shards:
-    """How many shards are written; they lie in the output already, so this is all there is to keep."""
+    """How many shards are written: all there is to keep, for they lie in the output already."""
 
     def __init__(self) -> None:
         self.done = 0
@@ -99,7 +99,7 @@ def run(params: Params, job: Job) -> Metrics:
 
 
 def mean_tail(folder: Path) -> float:
-    """The mean mass outside the top-k over all shards; read back, so it holds after a resume too."""
+    """The mean mass outside the top-k, read back from all shards, resumed or not."""
     import torch
     from safetensors import safe_open
 

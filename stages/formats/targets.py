@@ -9,8 +9,8 @@
         prefix     (R, T, D)  bfloat16  the state behind the first `prefix_blocks` blocks
         anchor.L   (R, T, S)  bfloat16  whitened coordinates of block L's output in its subspace
 
-At K = 64, S = 64 with two anchors and D = 576 that is 1.9 kB a token, of which the prefix is 1.2 kB.
-The top 64 alone hold about nine tenths of the mass on text, so the tail is not optional.
+At K = 64, S = 64 with two anchors and D = 576 that is 1.8 kB a token, 1.2 kB of it the prefix. The
+top 64 alone hold about nine tenths of the mass on text, so the tail is not optional.
 """
 
 import json
@@ -109,7 +109,7 @@ class TeacherTargets:
     def batches(self, rows: int, steps: int, seed: int, start: int) -> Iterator[Batch]:
         """Give batches `start` to `steps` of a shuffled, endless pass over all rows.
 
-        What batch n holds follows from n and the seed alone, so an interrupted pass goes on exactly.
+        What batch n holds follows from n and the seed alone: an interrupted pass goes on exactly.
         """
         per_epoch = self.header.rows // rows
         if per_epoch == 0:

@@ -8,8 +8,8 @@ trained on) or benchmark (texts of other kinds; never trained on, and removed fr
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,8 +38,10 @@ def read_all_rows(folder: Path, split: str, seed: int) -> np.ndarray:
     return rows[np.random.default_rng(seed).permutation(len(rows))]
 
 
-def write_documents(folder: Path, documents: Iterable[dict[str, str]]) -> None:
-    """Write documents.jsonl."""
+def write_documents(folder: Path, splits: dict[str, list[Any]]) -> None:
+    """Write documents.jsonl; each document has a source, an id and a text."""
     with (folder / "documents.jsonl").open("w", encoding="utf-8") as stream:
-        for document in documents:
-            stream.write(json.dumps(document, ensure_ascii=False) + "\n")
+        for split, documents in splits.items():
+            for document in documents:
+                entry = {"split": split, **vars(document)}
+                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -1,8 +1,8 @@
 """Remove what should not be learnt twice, and what is going to be measured.
 
-Exact duplicates by checksum, of documents and of paragraphs (Wenzek 2020), near duplicates by MinHash (Broder 1997) over word 5-grams, and
-decontamination by word 13-grams (Brown 2020, appendix C): a document that shares one with a
-benchmark is dropped whole.
+Exact duplicates by checksum, of documents and of paragraphs (Wenzek 2020), near duplicates by
+MinHash (Broder 1997) over word 5-grams, and decontamination by word 13-grams (Brown 2020, appendix
+C): a document that shares one with a benchmark is dropped whole.
 """
 
 import hashlib
@@ -29,6 +29,23 @@ class Document:
     def words(self) -> list[str]:
         """Its words in lower case, without punctuation: what comparisons look at."""
         return WORD.findall(self.text.lower())
+
+
+def clean(
+    documents: list[Document], benchmarks: list[Document], near_duplicate: float
+) -> tuple[list[Document], dict[str, float]]:
+    """Drop duplicates and what overlaps a benchmark; give what is left, and counts by reason."""
+    unique = drop_exact_duplicates(documents)
+    shorter = drop_repeated_paragraphs(unique)
+    distinct = drop_near_duplicates(shorter, near_duplicate)
+    kept, contaminated = drop_contaminated(distinct, benchmarks)
+    return kept, {
+        "documents_read": len(documents),
+        "exact_duplicates": len(documents) - len(unique),
+        "only_repeated_paragraphs": len(unique) - len(shorter),
+        "near_duplicates": len(shorter) - len(distinct),
+        **{f"contaminated_{name}": count for name, count in contaminated.items()},
+    }
 
 
 def drop_exact_duplicates(documents: list[Document]) -> list[Document]:
@@ -58,7 +75,7 @@ def drop_repeated_paragraphs(documents: list[Document]) -> list[Document]:
 
 
 def drop_near_duplicates(documents: list[Document], similarity: float) -> list[Document]:
-    """Keep the first of documents whose word 5-grams have an estimated Jaccard index >= similarity."""
+    """Keep the first of documents whose word 5-grams overlap: Jaccard index >= similarity."""
     from datasketch import MinHash, MinHashLSH
 
     index = MinHashLSH(threshold=similarity, num_perm=PERMUTATIONS)
@@ -76,16 +93,10 @@ def drop_contaminated(
     documents: list[Document], benchmarks: Iterable[Document]
 ) -> tuple[list[Document], dict[str, int]]:
     """Drop documents that share 13 words in a row with a benchmark; count them by benchmark."""
-    owner = {
-        gram: benchmark.source
-        for benchmark in benchmarks
-        for gram in _grams(benchmark.words, CONTAMINATION_WORDS)
-    }
+    owner = {gram: benchmark.source for benchmark in benchmarks for gram in _long(benchmark)}
     kept, counts = [], dict.fromkeys(owner.values(), 0)
     for document in documents:
-        hit = next(
-            (owner[g] for g in _grams(document.words, CONTAMINATION_WORDS) if g in owner), None
-        )
+        hit = next((owner[gram] for gram in _long(document) if gram in owner), None)
         if hit is None:
             kept.append(document)
         else:
@@ -93,11 +104,23 @@ def drop_contaminated(
     return kept, counts
 
 
-def shared_share(documents: list[Document], others: list[Document]) -> float:
-    """The share of word 13-grams of `documents` that also stand in `others`."""
-    there = {gram for document in others for gram in _grams(document.words, CONTAMINATION_WORDS)}
-    grams = [gram for document in documents for gram in _grams(document.words, CONTAMINATION_WORDS)]
-    return sum(gram in there for gram in grams) / max(len(grams), 1)
+def shared_shares(heldout: list[Document], train: list[Document]) -> dict[str, float]:
+    """By source: the share of held-out word 13-grams that also stand in its training documents."""
+    shares = {}
+    for source in dict.fromkeys(document.source for document in heldout):
+        there = {
+            gram for document in train if document.source == source for gram in _long(document)
+        }
+        grams = [
+            gram for document in heldout if document.source == source for gram in _long(document)
+        ]
+        shared = sum(gram in there for gram in grams) / len(grams)
+        shares[f"heldout_shared_13grams_{source}"] = round(shared, 5)
+    return shares
+
+
+def _long(document: Document) -> list[str]:
+    return _grams(document.words, CONTAMINATION_WORDS)
 
 
 def _grams(words: list[str], size: int) -> list[str]:

@@ -17,6 +17,28 @@ def split_of(document: Document, heldout_share: float, calibration_share: float,
     return "calibration" if position < heldout_share + calibration_share else "train"
 
 
+def split_documents(
+    documents: list[Document], heldout_share: float, calibration_share: float, seed: int
+) -> dict[str, list[Document]]:
+    """Put each document into train, calibration or heldout, whole."""
+    splits: dict[str, list[Document]] = {"train": [], "calibration": [], "heldout": []}
+    for document in documents:
+        splits[split_of(document, heldout_share, calibration_share, seed)].append(document)
+    return splits
+
+
+def pack_split(
+    documents: list[Document], tokenizer: PreTrainedTokenizerBase, row_tokens: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Rows by source, in order of appearance; a source too short for one row is left out."""
+    sources = dict.fromkeys(document.source for document in documents)
+    packed = {
+        source: pack_rows([d for d in documents if d.source == source], tokenizer, row_tokens, seed)
+        for source in sources
+    }
+    return {source: rows for source, rows in packed.items() if len(rows)}
+
+
 def pack_rows(
     documents: list[Document], tokenizer: PreTrainedTokenizerBase, row_tokens: int, seed: int
 ) -> np.ndarray:

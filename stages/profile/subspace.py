@@ -1,7 +1,7 @@
 """Principal subspaces of block outputs, from a running covariance, and a control for them.
 
-The covariance is accumulated exactly (float64 sums over all tokens), so no batch is refitted or
-forgotten. Differs from NIWT's stage 3 (an SVD of a mask's outer product, of rank 1 by construction).
+The covariance is accumulated exactly (float64 sums over all tokens): no batch is refitted or
+forgotten. Differs from NIWT's stage 3, an SVD of a mask's outer product, which has rank 1.
 """
 
 import torch

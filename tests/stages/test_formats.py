@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,7 +87,8 @@ def test_documents_come_back_line_by_line_whatever_is_in_them(tmp_path: Path) ->
         {"split": "train", "source": "docs", "id": "1", "text": 'line\nline "quoted" \u2028 end'},
         {"split": "heldout", "source": "docs", "id": "2", "text": "déjà vu 漢字 \U0001f600"},
     ]
-    write_documents(tmp_path, iter(documents))
+    splits = {entry["split"]: [SimpleNamespace(**entry)] for entry in documents}
+    write_documents(tmp_path, splits)
     text = (tmp_path / "documents.jsonl").read_text(encoding="utf-8")
     assert [json.loads(line) for line in text.split("\n")[:-1]] == documents
 

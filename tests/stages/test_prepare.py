@@ -20,11 +20,12 @@ from stages.prepare.clean import (
     drop_exact_duplicates,
     drop_near_duplicates,
     drop_repeated_paragraphs,
-    shared_share,
+    shared_shares,
 )
+from stages.prepare.collect import collect
 from stages.prepare.pack import pack_rows, split_of
 from stages.prepare.sources import PYTHON_SOURCES, read_documents
-from stages.prepare.stage import Params, collect, limit_rows, share_rows
+from stages.prepare.stage import Params, limit_rows, share_rows
 from stages.process import Stopped, StopRequest
 from tests.tiny import REPOSITORY, make_project
 
@@ -127,8 +128,10 @@ def test_a_benchmark_that_leaks_nowhere_is_counted_as_zero() -> None:
 
 def test_the_shared_share_is_that_of_13_grams() -> None:
     half = document(*words(0, 26), *words(900, 13))  # 14 + 13 grams, of which 14 in BENCHMARK
-    assert shared_share([half], [BENCHMARK]) == pytest.approx(14 / 27)
-    assert shared_share([], [BENCHMARK]) == 0.0
+    name = f"heldout_shared_13grams_{half.source}"
+    there = replace(BENCHMARK, source=half.source)
+    assert shared_shares([half], [there]) == {name: pytest.approx(14 / 27, abs=1e-5)}
+    assert shared_shares([half], []) == {name: 0.0}
 
 
 # --- splitting and packing -------------------------------------------------------------------
@@ -342,18 +345,15 @@ def test_an_unreachable_hub_says_what_works_without_a_network() -> None:
 
 
 def test_an_interrupted_collection_goes_on_with_the_next_source(tmp_path: Path) -> None:
-    params = read_section(REPOSITORY / "params.yaml", "prepare", Params)
-    params = replace(
-        params, datasets=("arithmetic",), benchmarks=("arithmetic-heldout",), sample_size=5
-    )
-    whole = collect(params, make_project(tmp_path / "calm").job())
-    assert [doc.source for doc in whole["datasets"]["arithmetic"]] == ["arithmetic"] * 5
-    assert len(whole["benchmarks"]["arithmetic-heldout"]) == arithmetic.PROBLEMS
+    wanted = ("arithmetic",), ("arithmetic-heldout",), 5, 0
+    whole = collect(*wanted, make_project(tmp_path / "calm").job())
+    assert [doc.source for doc in whole[0]] == ["arithmetic"] * 5
+    assert len(whole[1]) == arithmetic.PROBLEMS
 
     project = make_project(tmp_path / "stopped")
     stop = StopRequest()
     stop.requested = True
     with pytest.raises(Stopped, match="step 1 of 2"):
-        collect(params, project.job(stop=stop))
-    assert collect(params, project.job()) == whole
+        collect(*wanted, project.job(stop=stop))
+    assert collect(*wanted, project.job()) == whole
     assert project.steps() == [1, 2]
