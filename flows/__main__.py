@@ -136,7 +136,7 @@ def _report_errors(work) -> int:
 
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        return work(Console())
+        return work(Console(width=None if sys.stdout.isatty() else 120))
     except StageStopped as stopped:
         errors.print(str(stopped), style="yellow", markup=False)
         return INTERRUPTED

@@ -148,8 +148,11 @@ def stop_on_signal(runner: StageRunner) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def prefect_server(root: Path) -> Iterator[None]:
-    """Make sure that a Prefect server answers: the user's, or one of our own for this run."""
+def prefect_server(root: Path, schedules: bool = False) -> Iterator[None]:
+    """Make sure that a Prefect server answers: the user's, or one of our own for this run.
+
+    schedules: whether a server of our own also runs the services that start scheduled runs.
+    """
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
@@ -158,7 +161,8 @@ def prefect_server(root: Path) -> Iterator[None]:
         port = probe.getsockname()[1]
     log = root / "scratch" / "logs" / "prefect.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    start = "prefect server start --no-services --host 127.0.0.1 --port".split()
+    services = "" if schedules else "--no-services"
+    start = f"prefect server start {services} --host 127.0.0.1 --port".split()
     with log.open("ab") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.child", sys.executable, "-m", *start, str(port)],

@@ -45,10 +45,16 @@ class Outcome:
 class StageRunner:
     """Runs stages, several at a time if asked to; `stop` ends them all in good order."""
 
-    def __init__(self, root: Path, token: str, verbose: bool) -> None:
+    def __init__(
+        self, root: Path, token: str, verbose: bool = False, checkpoint_every_s: float = 30.0
+    ) -> None:
         self.root = root
         self.token = token
         self.verbose = verbose
+        self.environment = {
+            "NANOFOUNDRY_TOKEN": token,  # tells a stage of this run from an earlier one's traces
+            "NANOFOUNDRY_CHECKPOINT_EVERY_S": str(checkpoint_every_s),
+        }
         self.stopping = threading.Event()
         self._running: dict[str, subprocess.Popen] = {}
 
@@ -113,7 +119,7 @@ class StageRunner:
             stderr=None if self.verbose else subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, "NANOFOUNDRY_TOKEN": self.token},
+            env={**os.environ, **self.environment},
         )
         self._running[node.name] = process
         return process

@@ -6,6 +6,7 @@ reused stage appears in the new parent too, with its metrics and a link to the r
 so that two pipeline runs can be compared whole.
 """
 
+import contextlib
 import json
 import logging
 import queue
@@ -13,6 +14,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,11 @@ from flows.plan import Node, read_metrics
 from flows.stage_process import Outcome
 
 EXPERIMENT = "nanofoundry"
+MODEL = "nanofoundry-student"
 NOTES = (
     "Each parent run is one run of the pipeline; its metrics are STAGE.METRIC of every stage, run "
-    "or reused. Select two parents and press Compare. A stage's curve, picture and report are in its "
-    "nested run."
+    "or reused. Select two parents and press Compare. A stage's curve, picture and report are in "
+    "its nested run."
 )
 BATCH = 500  # metrics a call; MLflow takes at most 1,000
 LARGEST_ARTIFACT = 32 * 2**20  # bytes; bigger outputs stay in artifacts/, named by checksum
@@ -71,6 +74,38 @@ def _check_writable(database: Path) -> None:
         ) from error
     finally:
         connection.close()
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The best student so far, as the model registry's alias `champion` names it."""
+
+    version: str
+    run_id: str
+    value: float  # of the metric that it was promoted by
+
+
+def read_champion(root: Path, metric: str) -> Champion | None:
+    """The present champion, judged by `metric`; None before the first promotion."""
+    client = open_store(root)
+    try:
+        version = client.get_model_version_by_alias(MODEL, "champion")
+    except MlflowException:  # no such model, or no such alias: nobody was promoted yet
+        return None
+    value = version.tags.get(metric)
+    return Champion(version.version, version.run_id, float(value)) if value else None
+
+
+def promote(root: Path, run_id: str, folder: Path, values: dict[str, float]) -> str:
+    """Register the student in `folder` and make it champion; gives its version."""
+    client = open_store(root)
+    with contextlib.suppress(MlflowException):  # there already
+        client.create_registered_model(MODEL)
+    tags = {key: str(value) for key, value in values.items()}
+    source = folder.resolve().as_uri()
+    version = client.create_model_version(MODEL, source, run_id=run_id, tags=tags).version
+    client.set_registered_model_alias(MODEL, "champion", version)
+    return version
 
 
 class Tracker:

@@ -5,6 +5,7 @@ file, the entry and the field. The dataclass is the schema: a field without a de
 written in the file (null counts as written), a field with a default may be left out.
 """
 
+import re
 import types
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ def read_entries(path: Path, record: type[Record]) -> dict[str, Record]:
 def _entry(record: type[Record], name: Any, raw: Any, path: Path) -> Record:
     """Make one record; its name is its key, which DVC can track apart from the other entries."""
     where = f"{path}, entry {name!r}"
+    if not re.fullmatch(r"[a-z0-9-]+", str(name)):  # a dot would split it in DVC's params
+        raise BadEntry(f"{where}: a name is made of a-z, 0-9 and '-' alone; rename it")
     if not isinstance(raw, dict):
         raise BadEntry(f"{where}: expected fields ('key: value'), found {raw!r}")
     if "name" in raw:

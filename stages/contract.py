@@ -32,7 +32,8 @@ from stages.progress import Progress
 Metrics = dict[str, float]
 State = TypeVar("State", bound=Resumable)
 
-CHECKPOINT_EVERY_S = 30.0  # wall time between checkpoints: what a kill -9 can cost
+# Wall time between checkpoints, what a kill -9 can cost; the flow sets it from params.yaml.
+CHECKPOINT_EVERY_S = float(os.environ.get("NANOFOUNDRY_CHECKPOINT_EVERY_S", "30"))
 KEEP_FINGERPRINTS = 3  # unfinished work of other parameters that is kept
 
 

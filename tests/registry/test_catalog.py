@@ -81,7 +81,7 @@ def test_a_language_model_reads_text_and_predicts_the_next_token() -> None:
     assert lookup("teachers", "smollm2-135m").is_language_model
     assert lookup("teachers", "mamba-130m").is_language_model
     assert not lookup("teachers", "madlad400-3b").is_language_model  # encoder-decoder
-    assert not lookup("teachers", "qwen2.5-vl-7b").is_language_model  # sees pictures
+    assert not lookup("teachers", "qwen2-5-vl-7b").is_language_model  # sees pictures
     assert not lookup("teachers", "whisper-large-v3").is_language_model
 
 
