@@ -53,7 +53,7 @@ def run_flow(work: Work, root: Path) -> list[Outcome]:
 
     Raises the first StageFailed; StageStopped when asked to stop.
     """
-    with prefect_server(root), stop_on_signal(work.runner):
+    with prefect_server(root):
         return _flow(work)(root.name)
 
 
@@ -70,10 +70,11 @@ def _flow(work: Work) -> Callable[[str], list[Outcome]]:
     def nanofoundry(project: str) -> list[Outcome]:
         """All chosen stages of the project, each behind those that it reads."""
         futures = {}
-        for node in work.nodes:
-            upstream = [futures[name] for name in node.upstream if name in futures]
-            futures[node.name] = _task(node, work, slots).submit(upstream)
-        results = [future.result(raise_on_failure=False) for future in futures.values()]
+        with stop_on_signal(work.runner):  # here, because Prefect has put in its own by now
+            for node in work.nodes:
+                upstream = [futures[name] for name in node.upstream if name in futures]
+                futures[node.name] = _task(node, work, slots).submit(upstream)
+            results = [future.result(raise_on_failure=False) for future in futures.values()]
         raise_first_failure(results)
         return results
 

@@ -155,8 +155,14 @@ class _Run:
         from flows.tracking import Tracker
 
         self.root, self.nodes, self.params, self.console = root, nodes, params, console
-        every_s = params["pipeline"]["checkpoint_every_s"]
-        self.runner = StageRunner(root, uuid.uuid4().hex, request.verbose, every_s)
+        options = params["pipeline"]
+        self.runner = StageRunner(
+            root,
+            uuid.uuid4().hex,
+            request.verbose,
+            options["checkpoint_every_s"],
+            options["parallel_stages"],
+        )
         known = expectations(root, params, nodes)
         estimate = Estimate({node.name: known[node.name]["seconds"] for node in nodes})
         self.view = ProgressView(console, nodes, estimate, self.runner.metrics_path)

@@ -46,7 +46,12 @@ class StageRunner:
     """Runs stages, several at a time if asked to; `stop` ends them all in good order."""
 
     def __init__(
-        self, root: Path, token: str, verbose: bool = False, checkpoint_every_s: float = 30.0
+        self,
+        root: Path,
+        token: str,
+        verbose: bool = False,
+        checkpoint_every_s: float = 30.0,
+        parallel: int = 1,
     ) -> None:
         self.root = root
         self.token = token
@@ -54,6 +59,10 @@ class StageRunner:
         self.environment = {
             "NANOFOUNDRY_TOKEN": token,  # tells a stage of this run from an earlier one's traces
             "NANOFOUNDRY_CHECKPOINT_EVERY_S": str(checkpoint_every_s),
+            # Stages at the same time share the cores; and threads that wait by spinning would cost
+            # a busy machine far more than they gain on an idle one.
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel)),
+            "OMP_WAIT_POLICY": "PASSIVE",
         }
         self.stopping = threading.Event()
         self._running: dict[str, subprocess.Popen] = {}
