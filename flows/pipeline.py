@@ -25,6 +25,7 @@ from urllib.error import URLError
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
@@ -74,7 +75,7 @@ def _flow(work: Work) -> Callable[[str], list[Outcome]]:
             for node in work.nodes:
                 upstream = [futures[name] for name in node.upstream if name in futures]
                 futures[node.name] = _task(node, work, slots).submit(upstream)
-            results = [future.result(raise_on_failure=False) for future in futures.values()]
+            results = [outcome_of(future) for future in futures.values()]
         raise_first_failure(results)
         return results
 
@@ -109,6 +110,13 @@ def _task(node: Node, work: Work, slots: threading.Semaphore) -> Task:
         return outcome
 
     return run_stage
+
+
+def outcome_of(future: PrefectFuture) -> object:
+    """Wait for a task: its Outcome, its exception, or None for one whose upstream failed."""
+    future.wait()
+    state = future.state
+    return state.result(raise_on_failure=False) if state.is_final() else None
 
 
 def may_pass(error: object) -> bool:

@@ -192,7 +192,7 @@ class Tracker:
         )
         if outcome.state == "ran":
             self._send_result(node, run, log)
-        self.client.set_tag(self.run_id, f"stage.{node.name}", outcome.state)
+        self.client.set_tag(self.run_id, f"stage.{_plain(node.name)}", outcome.state)
         self._end_run(run, RunStatus.FINISHED, {**tags, "state": outcome.state})
         self._forget(node)
 
@@ -275,7 +275,7 @@ class Tracker:
 
 
 def _plain(name: str) -> str:
-    """A node's name in characters that MLflow allows in a metric's: profile/TEACHER."""
+    """A node's name in characters that MLflow allows in names: profile/TEACHER."""
     return name.replace("@", "/")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-STAGES = ["prepare", "profile@smollm2-135m", "extract@smollm2-135m", "distill", "benchmark"]
+STAGES = ["prepare", "profile/smollm2-135m", "extract/smollm2-135m", "distill", "benchmark"]
 
 pytestmark = pytest.mark.slow
 
