@@ -54,7 +54,8 @@ def main() -> None:
                 orphans += len(left)
                 print(f"kill {kills:2}: during {stage}; processes left: {len(left)}", flush=True)
                 continue
-            assert process.returncode == 0, f"a run ended with {process.returncode}"
+            if process.returncode:
+                raise SystemExit(f"a run ended with {process.returncode}:\n{said(stormy)}")
             assert digests(stormy) == wanted, "the result differs from the undisturbed run's"
             runs_through += 1
             command = ["./run_pipeline.sh", "--reset", "--yes"]
@@ -76,17 +77,26 @@ def clone(folder: Path) -> Path:
 
 
 def start(folder: Path) -> subprocess.Popen:
-    """Start a run in the background."""
-    return subprocess.Popen(
-        ["./run_pipeline.sh", "--preset", PRESET], cwd=folder,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+    """Start a run in the background; what it prints goes to a file beside the folder."""
+    with folder.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(
+            ["./run_pipeline.sh", "--preset", PRESET],
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def run(folder: Path) -> None:
     """Run to the end."""
-    subprocess.run(["./run_pipeline.sh", "--preset", PRESET], cwd=folder, check=True,
-                   capture_output=True)  # fmt: skip
+    if start(folder).wait():
+        raise SystemExit(f"a run failed:\n{said(folder)}")
+
+
+def said(folder: Path) -> str:
+    """The end of what the last run printed."""
+    return "\n".join(folder.with_suffix(".log").read_text().splitlines()[-15:])
 
 
 def kill_tree(process: subprocess.Popen) -> None:

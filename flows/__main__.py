@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
     """Do what the command line asks for; give an exit code."""
     options = build_parser().parse_args(arguments)
     os.chdir(ROOT)
-    prepare_environment(ROOT)
+    prepare_environment(ROOT, options.verbose)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves the lock in good order
     if options.use_unsloth and (missing := _missing_for_unsloth()):
         print(missing, file=sys.stderr)

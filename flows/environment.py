@@ -13,7 +13,7 @@ SETTINGS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_LOGGING_LEVEL": "ERROR",
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",  # a failure is told by us, in one line
     "PREFECT_LOGGING_TO_API_ENABLED": "false",
     "PREFECT_SERVER_UI_ENABLED": "false",
     "TOKENIZERS_PARALLELISM": "false",
@@ -23,8 +23,10 @@ SETTINGS = {
 }
 
 
-def prepare_environment(root: Path) -> None:
+def prepare_environment(root: Path, verbose: bool = False) -> None:
     """Fill in os.environ for this process and all that it starts."""
+    if verbose:
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))

@@ -121,6 +121,8 @@ def repair_lockfile(root: Path) -> str | None:
     DVC writes it in place. Gives a sentence when something was repaired.
     """
     lock, good = root / "dvc.lock", root / ".dvc" / "tmp" / "dvc.lock.good"
+    if not lock.exists():  # cut short it would be there: somebody deleted it
+        return None
     known = _stages_of(good)
     found = _stages_of(lock)
     missing = set(known or {}) - set(found or {})

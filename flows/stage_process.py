@@ -59,10 +59,8 @@ class StageRunner:
         self.environment = {
             "NANOFOUNDRY_TOKEN": token,  # tells a stage of this run from an earlier one's traces
             "NANOFOUNDRY_CHECKPOINT_EVERY_S": str(checkpoint_every_s),
-            # Stages at the same time share the cores; and threads that wait by spinning would cost
-            # a busy machine far more than they gain on an idle one.
+            # Stages at the same time share the cores.
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel)),
-            "OMP_WAIT_POLICY": "PASSIVE",
         }
         self.stopping = threading.Event()
         self._running: dict[str, subprocess.Popen] = {}

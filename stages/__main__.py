@@ -25,6 +25,7 @@ from stages.process import (
     keep_freed_memory,
     only_one,
     peak_memory_bytes,
+    wait_without_spinning,
 )
 
 ROOT = Path.cwd()
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> int:
         return BAD_INPUT
     die_with_parent()
     keep_freed_memory()
+    wait_without_spinning()
     stop = StopRequest()
     stop.listen()
     name, item = arguments[0], (arguments[1:] or [None])[0]

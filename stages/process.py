@@ -54,6 +54,15 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def wait_without_spinning() -> None:
+    """Let idle threads sleep; to be called before torch is imported.
+
+    Spinning gains little on an idle machine, and on a busy one it takes the core from the thread
+    that is waited for: training ran 6 times faster without it beside one other busy process.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def keep_freed_memory() -> None:
     """Ask glibc to reuse large freed blocks instead of returning them to the system each time.
 
