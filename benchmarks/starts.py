@@ -33,9 +33,7 @@ def main() -> None:
         told = [process.stderr.read() for process in losers]
         codes = {process.returncode for process in losers}
         named = sum(f"pid {holder.pid} " in text for text in told)
-        print(
-            f"{count} starts: 1 runs, {len(losers)} left with exit code {codes} within {seconds:.1f} s"
-        )
+        print(f"{count} starts: 1 runs, {len(losers)} left with {codes} within {seconds:.1f} s")
         print(f"of those, {named} named the holder, e.g.: {told[0].strip().splitlines()[-1]}")
         kill_tree(holder)
         print(f"holder killed with -9; processes left: {len(processes_in(project))}")

@@ -152,6 +152,24 @@ def clear_dead_locks(root: Path) -> None:
     (root / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
 
 
+def repair_run_cache(root: Path) -> None:
+    """Remove entries of DVC's run cache that a kill left empty or torn: DVC fails on both."""
+    for entry in (root / ".dvc" / "cache" / "runs").glob("*/*"):
+        for file in entry.iterdir():
+            if _yaml_of(file) is None:
+                file.unlink()
+        if not any(entry.iterdir()):
+            entry.rmdir()
+
+
+def _yaml_of(path: Path) -> Any:
+    """The content of a YAML file; None when it is absent, empty or cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+
+
 def _nodes(repo: Any, root: Path) -> list[Node]:
     import networkx
 
@@ -238,11 +256,9 @@ def _with_params(path: Path, text: str) -> Any:
 
 def _stages_of(path: Path) -> dict[str, Any] | None:
     """The stages of a lock file; None when it is absent or cannot be read."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return dict(content["stages"])
-    except (FileNotFoundError, yaml.YAMLError, TypeError, KeyError, ValueError):
-        return None
+    content = _yaml_of(path)
+    stages = content.get("stages") if isinstance(content, dict) else None
+    return stages if isinstance(stages, dict) else None
 
 
 def read_metrics(root: Path, node: Node) -> dict[str, float]:

@@ -29,6 +29,7 @@ from flows.plan import (
     read_nodes,
     remove_strays,
     repair_lockfile,
+    repair_run_cache,
     select_nodes,
 )
 from flows.settings import BadSetting, Changes, changed_params, flat
@@ -71,6 +72,7 @@ def run_pipeline(root: Path, request: Request, console: Console) -> Summary:
     if repaired := repair_lockfile(root):
         console.print(repaired)
     clear_dead_locks(root)
+    repair_run_cache(root)
     put_params_in_force(root, request.changes, console)
     params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
     nodes = read_nodes(root)
