@@ -162,7 +162,7 @@ def mlflow_summary(folder: Path) -> str:
             steps = [metric.step for metric in client.get_metric_history(run.info.run_id, key)]
             assert len(steps) == len(set(steps)), f"{run.info.run_name}: {key} has a step twice"
     killed = sum(run.info.status == "KILLED" for run in parents)
-    return f"{len(parents)} pipeline runs ({killed} KILLED, 0 RUNNING), the last of {len(nested)} stages"
+    return f"{len(parents)} runs ({killed} KILLED, 0 RUNNING), the last of {len(nested)} stages"
 
 
 if __name__ == "__main__":

@@ -165,6 +165,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def number(value: float) -> str:
+    """Write a metric: whole numbers whole, others with four digits."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
+
+
 def plan_table(nodes: list[Node], chosen: list[Node], ledger: dict[str, Any]) -> Table:
     """What a run would do: each stage, run or reuse, why, how long and how much memory."""
     table = Table(title="plan", title_justify="left", expand=False)
@@ -201,13 +206,7 @@ def result_table(outcomes: list[Outcome], root: Path) -> Table:
     for outcome in outcomes:
         node = outcome.node
         value = read_metrics(root, node).get(node.headline)
-        headline = (
-            f"{node.headline} {value:,.4g}"
-            if isinstance(value, float)
-            else f"{node.headline} {value:,}"
-            if value is not None
-            else ""
-        )
+        headline = f"{node.headline} {number(value)}" if value is not None else ""
         seconds = duration(outcome.seconds) if outcome.state == "ran" else ""
         table.add_row(node.name, seconds, outcome.state, headline)
     return table

@@ -8,6 +8,7 @@
 6. show the table
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from flows.settings import BadSetting, Changes, changed_params, flat
 from flows.stage_process import Outcome, StageRunner
 
 LEDGER = Path("scratch") / "last_runs.json"
+VERDICTS = 3  # sentences of the report that are shown: those on the text trained for
 
 
 @dataclass(frozen=True)
@@ -257,8 +259,6 @@ class _Run:
 
 def output_digest(root: Path, node: Node) -> str:
     """The checksum of a node's output: of its manifest, which holds all others."""
-    import hashlib
-
     return hashlib.sha256((root / node.out / "manifest.json").read_bytes()).hexdigest()[:16]
 
 
@@ -280,10 +280,8 @@ def show_results(
     report = root / "artifacts" / "benchmark" / "test_report.md"
     if report.is_file() and any(outcome.node.stage == "benchmark" for outcome in outcomes):
         lines = report.read_text(encoding="utf-8").splitlines()
-        console.print(
-            "\n".join(line for line in lines if line.startswith("- "))[:600].rsplit("\n", 1)[0],
-            highlight=False,
-        )
+        verdicts = [line for line in lines if line.startswith("- ")]
+        console.print("\n".join(verdicts[:VERDICTS]), highlight=False)
         console.print("report:  artifacts/benchmark/report.html")
     console.print("compare: make ui   (MLflow, http://127.0.0.1:5000)", highlight=False)
     if problem:

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from flows.console import number
 from flows.lock import Holder
 from flows.plan import Node, read_metrics, read_nodes
 
@@ -18,7 +19,7 @@ def show_status(root: Path, console: Console) -> None:
     for node in read_nodes(root):
         state = f"stale: {node.reasons[0]}" if node.reasons else "up to date"
         value = read_metrics(root, node).get(node.headline)
-        headline = f"{node.headline} {value:,.6g}" if value is not None else ""
+        headline = f"{node.headline} {number(value)}" if value is not None else ""
         table.add_row(node.name, state, headline, unfinished(root, node))
     console.print(table)
     holder = Holder.read(root / ".pipeline.lock")

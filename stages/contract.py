@@ -120,6 +120,11 @@ class Job:
         if self._stop.requested:
             raise Stopped(f"stopped at step {step} of {total}; run it again to go on from there")
 
+    def note(self, phase: str, step: int, total: int, **metrics: float) -> None:
+        """Record a step that is cheap enough to be done again after an interruption."""
+        self.progress.cut_back(phase, step - 1)
+        self.progress.add(phase, step, total, metrics)
+
     def show(self, name: str) -> None:
         """Name a picture or report in `output` that reviewers should see in MLflow."""
         self._shown.append(name)

@@ -37,7 +37,7 @@ def read_section(path: Path, section: str, record: type[Params]) -> Params:
 def require_at_least(minimum: float, **values: float) -> None:
     """Refuse values below a minimum, by name; for a Params' __post_init__."""
     for name, value in values.items():
-        if value < minimum:
+        if not value >= minimum:  # so that nan is refused too
             raise ValueError(f"'{name}' is {value}; it must be at least {minimum:g}")
 
 

@@ -70,12 +70,12 @@ class AnchorMaps(nn.Module):
 def place_anchors(blocks: tuple[int, ...], dropped: list[int], harms: list[float]) -> list[Anchor]:
     """Find where the student has the output of each teacher anchor block.
 
-    A kept block is in its new place. The end of a gap is the output of the bridge before it. A
-    block inside a gap has no counterpart and is left out.
+    A kept block is in its new place; the end of a gap is the output of the bridge before it. A
+    bridge's own former output and what lay inside a gap have no counterpart and are left out.
     """
     placed = []
     for block in blocks:
-        if block in dropped and block + 1 in dropped:
+        if block + 1 in dropped:
             continue
         earlier = sum(other <= block for other in dropped)
         placed.append((block, block - earlier))

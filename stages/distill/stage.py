@@ -13,7 +13,7 @@ writes   student/, before_training/, text_only/: stock transformers folders; stu
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from registry.catalog import lookup
 from stages.contract import Job, Metrics, Stage
@@ -62,7 +62,7 @@ def run(params: Params, job: Job) -> Metrics:
     from modeling.blocks import dissect
     from modeling.loading import locate, open_model, open_tokenizer
     from stages.distill.objective import Weights
-    from stages.distill.student import build_student, choose_blocks, close_gaps, find_gaps
+    from stages.distill.student import choose_blocks
     from stages.distill.training import Lesson, train
     from stages.formats.importance import read_importance, read_subspaces
     from stages.formats.targets import TeacherTargets
@@ -77,11 +77,7 @@ def run(params: Params, job: Job) -> Metrics:
     location = locate(teacher_name)
     teacher, tokenizer = open_model(location), open_tokenizer(location)
     rows = torch.from_numpy(read_all_rows(job.input("prepare"), "calibration", params.seed))
-    student = build_student(teacher, dropped)
-    gaps = find_gaps(dropped)
-    explained = close_gaps(
-        teacher, student, gaps, rows[: params.patch_rows], params.patch_ridge, batch_rows=8
-    )
+    student, explained = build(teacher, dropped, rows[: params.patch_rows], params, job)
     save_student(student, tokenizer, job.output / "before_training")
 
     lesson = Lesson(
@@ -101,18 +97,27 @@ def run(params: Params, job: Job) -> Metrics:
         train(student, lesson, Weights(0.0, 1.0, 0.0, 1.0), job, "text_only")
         save_student(student, tokenizer, job.output / "text_only")
 
-    facts = {"teacher": teacher_name, "dropped": dropped, "explained": explained}
-    text = json.dumps(facts | {"gaps": [asdict(gap) for gap in gaps]}, indent=1)
-    (job.output / "student.json").write_text(text, encoding="utf-8")
-    parameters = sum(parameter.numel() for parameter in student.parameters())
+    facts = {"teacher": teacher_name, "dropped": dropped, "gap_explained": explained}
+    (job.output / "student.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return {
         "blocks": len(dissect(student).blocks),
         "blocks_dropped": len(dropped),
-        "parameters": parameters,
+        "parameters": sum(p.numel() for p in student.parameters()),
         "parameters_of_teacher": sum(p.numel() for p in teacher.parameters()),
         "gap_explained": sum(explained) / len(explained),
         "tokens_trained": params.steps * params.batch_rows * targets.header.row_tokens,
     }
+
+
+def build(teacher, dropped: list[int], rows, params: Params, job: Job) -> tuple:
+    """Steps 1 and 2: the student before training, and each gap's explained residual."""
+    from stages.distill.student import build_student, close_gaps, find_gaps
+
+    student, gaps, explained = build_student(teacher, dropped), find_gaps(dropped), []
+    for share in close_gaps(teacher, student, gaps, rows, params.patch_ridge, batch_rows=8):
+        explained.append(share)
+        job.note("gaps", len(explained), len(gaps), explained=share)
+    return student, explained
 
 
 def only_teacher(folders: dict) -> tuple:

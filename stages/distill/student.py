@@ -15,6 +15,7 @@ F x D down-projection itself contains that map, adds no weights, and leaves a st
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -80,20 +81,20 @@ def close_gaps(
     tokens: Tensor,
     ridge: float,
     batch_rows: int,
-) -> list[float]:
-    """Refit the bridges, in place; give each gap's share of explained residual (R^2, on `tokens`).
+) -> Iterator[float]:
+    """Refit the bridges, in place, one a step; yields each gap's explained residual (R^2).
 
-    tokens (N, T): calibration rows, never trained or measured on.
+    tokens (N, T): calibration rows, never trained or measured on; R^2 is on these rows.
     """
     streams = [_Stream(teacher, student, batch) for batch in tokens.split(batch_rows)]
-    shift, explained = 0, []
+    shift = 0
     for gap in gaps:
+        index = gap.bridge - shift  # the bridge's place in the student
         for stream in streams:
-            stream.advance(gap.last + 1, gap.bridge - shift)
-        bridge = streams[0].student_blocks[gap.bridge - shift]
-        explained.append(_refit(down_projection(bridge), bridge, gap, shift, streams, ridge))
+            stream.advance(gap.last + 1, index)
+        projection = down_projection(streams[0].student_blocks[index])
+        yield _refit(projection, index, streams, ridge)
         shift += gap.last - gap.first + 1
-    return explained
 
 
 def down_projection(block: nn.Module) -> nn.Linear:
@@ -149,26 +150,19 @@ class _Stream:
         return caught[0].flatten(0, 1).float(), wanted - output.flatten(0, 1).float(), weight
 
 
-def _refit(
-    projection: nn.Linear,
-    bridge: nn.Module,
-    gap: Gap,
-    shift: int,
-    streams: list[_Stream],
-    ridge: float,
-) -> float:
+def _refit(projection: nn.Linear, index: int, streams: list[_Stream], ridge: float) -> float:
     """Solve for one bridge and write it into its weights; give R^2."""
-    del bridge
     features, width = projection.in_features, projection.out_features
     gram = torch.zeros(features, features)
     cross = torch.zeros(features, width)
     total = 0.0
     for stream in streams:
-        a, r, w = stream.bridge_activations(gap.bridge - shift, projection)
+        a, r, w = stream.bridge_activations(index, projection)
         gram += (a * w).T @ a
         cross += (a * w).T @ r
         total += (r.square() * w).sum().item()
-    diagonal = gram.diagonal().clone()
+    diagonal = gram.diagonal()
+    diagonal = diagonal.clamp_min(1e-6 * diagonal.mean())  # a neuron that never fires
     update = torch.linalg.solve(gram + ridge * torch.diag(diagonal), cross)  # (F, D)
     left = total - 2 * (update * cross).sum().item() + (update * (gram @ update)).sum().item()
     projection.weight += update.T.to(projection.weight.dtype)

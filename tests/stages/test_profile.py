@@ -20,7 +20,8 @@ from stages.profile.stage import (
     summarise,
 )
 from stages.profile.subspace import RunningCovariance, project, random_basis, rank_holding
-from tests.tiny import make_project, tiny_gpt2, tiny_llama, tiny_mamba
+from tests.stages.project import make_project
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_mamba
 
 TOKENS = torch.arange(3 * 50).view(3, 50).mul(31).remainder(97)  # more than one chunk of logits
 

@@ -1,0 +1,255 @@
+"""Distil: the student learns, what is shared stays as it was, and a stop changes no bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling.blocks import dissect
+from modeling.loading import open_model
+from stages.distill.objective import Weights
+from stages.distill.stage import Params, only_teacher
+from stages.distill.student import build_student, close_gaps, find_gaps
+from stages.distill.training import Lesson, train
+from stages.formats.importance import read_subspaces
+from stages.formats.targets import TeacherTargets
+from stages.formats.tokens import read_all_rows
+from stages.process import Stopped
+from tests.stages.lessons import PREFIX, rows, subspaces_of, teacher, write_targets
+from tests.stages.project import Project, make_project
+from tests.stages.tiny_dag import HARMS, PARAMS, TEACHER, StopAt, TinyDag, make_tiny_dag
+
+ROWS = rows(8)
+DROPPED = [4]
+FULL = Weights(1.0, 0.2, 0.5, 1.0)
+
+
+def params(**changed) -> Params:
+    return Params(**{**PARAMS["distill"], "learning_rate": 3e-3, **changed})
+
+
+def lesson(targets: TeacherTargets, **changed) -> Lesson:
+    subspaces = subspaces_of(teacher(), ROWS)
+    return Lesson(targets, subspaces, PREFIX, DROPPED, [*HARMS], params(**changed))
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> TeacherTargets:
+    return write_targets(tmp_path_factory.mktemp("targets"), teacher(), ROWS)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return make_project(tmp_path / "project")
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["kl", "ce", "anchor"])
+def test_sixty_steps_bring_down_the_term_that_is_asked_for(
+    targets: TeacherTargets, project: Project, name: str
+) -> None:
+    terms = {"kl": (1.0, 0.0, 0.0), "ce": (0.0, 1.0, 0.0), "anchor": (0.01, 0.0, 1.0)}
+    student = build_student(teacher(), DROPPED)
+    taught = lesson(targets, steps=60, batch_rows=4)
+    train(student, taught, Weights(*terms[name], 1.0), project.job(), "student")
+    curve = project.curve()
+    assert [line["step"] for line in curve] == list(range(1, 61))
+    first, last = (sum(line[name] for line in part) for part in (curve[:5], curve[-5:]))
+    assert last < 0.5 * first
+
+
+def test_sixty_steps_bring_down_the_whole_loss(targets: TeacherTargets, project: Project) -> None:
+    student = build_student(teacher(), DROPPED)
+    train(student, lesson(targets, steps=60, batch_rows=4), FULL, project.job(), "student")
+    losses = [line["kl"] + 0.2 * line["ce"] + 0.5 * line["anchor"] for line in project.curve()]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("weights", [FULL, Weights(0.0, 1.0, 0.0, 1.0)], ids=["full", "text"])
+def test_what_is_shared_with_the_teacher_stays_to_the_bit(
+    targets: TeacherTargets, project: Project, weights: Weights
+) -> None:
+    student = build_student(teacher(), DROPPED)
+    before = weights_of(student)
+    train(student, lesson(targets, steps=5), weights, project.job(), "student")
+    changed = {name for name, t in student.state_dict().items() if not torch.equal(t, before[name])}
+    prefix = tuple(f"model.layers.{n}." for n in range(PREFIX))
+    assert not [name for name in changed if name.startswith(prefix)]
+    assert not changed & {"model.embed_tokens.weight", "lm_head.weight"}
+    for number in range(PREFIX, 5):  # and every block behind it did learn
+        assert f"model.layers.{number}.mlp.down_proj.weight" in changed
+    assert not any(parameter.requires_grad for parameter in dissect(student).blocks.parameters())
+
+
+def test_the_seed_decides_what_is_learnt(targets: TeacherTargets, tmp_path: Path) -> None:
+    results = []
+    for number, (seed, noise) in enumerate([(0, 1), (0, 2), (1, 1)]):
+        student = build_student(teacher(), DROPPED)
+        torch.manual_seed(noise)
+        job = make_project(tmp_path / str(number)).job()
+        train(student, lesson(targets, steps=4, seed=seed), FULL, job, "student")
+        results.append(weights_of(student))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+@pytest.mark.parametrize("step", [1, 3, 6, 7])
+def test_a_run_that_was_stopped_ends_with_the_same_weights_and_moments(
+    targets: TeacherTargets, tmp_path: Path, step: int
+) -> None:
+    taught = lesson(targets, steps=7)
+    calm, stopped = make_project(tmp_path / "calm"), make_project(tmp_path / "stopped")
+    whole = build_student(teacher(), DROPPED)
+    train(whole, taught, FULL, calm.job(), "student")
+
+    student, stop = build_student(teacher(), DROPPED), StopAt("student", step)
+    job = stopped.job(stop=stop)
+    stop.watch(job)
+    with pytest.raises(Stopped, match=f"step {step} of 7"):
+        train(student, taught, FULL, job, "student")
+    student = build_student(teacher(), DROPPED)
+    train(student, taught, FULL, stopped.job(), "student")
+
+    assert same(weights_of(student), weights_of(whole))
+    assert stopped.curve() == calm.curve()
+    last = "checkpoints/student/step-00000007/train.safetensors"
+    one, other = (load_file(found.work()[-1] / last) for found in (calm, stopped))
+    assert same(one, other)
+    assert {name.split(".")[0] for name in one} == {"step", "master", "exp_avg", "exp_avg_sq"}
+    assert any(name.startswith("exp_avg_sq.maps.") for name in one)  # the anchors' maps as well
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_names_the_step(
+    targets: TeacherTargets, project: Project
+) -> None:
+    student = build_student(teacher(), DROPPED)
+    dissect(student).blocks[3].mlp.up_proj.weight.data[0, 0] = torch.inf
+    before = weights_of(student)
+    with pytest.raises(FloatingPointError, match="step 1; lower the learning rate .now 0.003"):
+        train(student, lesson(targets), FULL, project.job(), "student")
+    assert same(weights_of(student), before)
+    assert project.curve() == []
+
+
+# --- parameters ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"kd_weight": 0.0, "ce_weight": 0.0}, "'kd_weight' and 'ce_weight' are both 0"),
+        ({"student": "llama-60m"}, "'llama-60m' is a new network"),
+        ({"student": "pruned-2"}, "unknown student 'pruned-2'.*pruned-27"),
+        ({"temperature": 0.0}, "'temperature' is 0.0"),
+        ({"learning_rate": -1e-4}, "'learning_rate' is -0.0001"),
+        ({"warmup": 0.9}, "'warmup' is 0.9"),
+        ({"anchor_weight": -1.0}, "'anchor_weight' is -1.0"),
+        ({"steps": 0}, "'steps' is 0"),
+        ({"learning_rate": float("nan")}, "'learning_rate' is nan"),
+        ({"kd_weight": float("nan")}, "'kd_weight' is nan"),
+    ],
+)
+def test_contradictions_are_refused(changed: dict, message: str) -> None:
+    params()
+    with pytest.raises(ValueError, match=message):
+        params(**changed)
+
+
+def test_two_teachers_are_refused_by_name(tmp_path: Path) -> None:
+    assert only_teacher({"ada": tmp_path}) == ("ada", tmp_path)
+    with pytest.raises(ValueError, match="one teacher so far.*ada, ben.*--models NAME"):
+        only_teacher({"ada": tmp_path, "ben": tmp_path})
+
+
+# --- the stage -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyDag:
+    """The DAG up to distill."""
+    dag = make_tiny_dag(tmp_path / "dag", monkeypatch)
+    dag.run("extract")
+    return dag
+
+
+def test_the_stage_publishes_a_student_and_its_controls(dag: TinyDag) -> None:
+    metrics = dag.run("distill")
+    folder = dag.root / "artifacts/distill"
+    facts = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+    assert (facts["teacher"], facts["dropped"]) == (TEACHER, [5, 6, 7])
+    names = ("student", "before_training", "text_only")
+    models = {name: open_model(folder / name) for name in names}
+    whole = open_model(dag.teacher_folder)
+
+    opened = build_student(whole, [5, 6, 7])
+    calibration = torch.from_numpy(read_all_rows(dag.root / "artifacts/prepare", "calibration", 0))
+    explained = list(close_gaps(whole, opened, find_gaps([5, 6, 7]), calibration, 0.1, 8))
+    assert facts["gap_explained"] == pytest.approx(explained)
+    assert same(weights_of(models["before_training"]), weights_of(opened))
+
+    assert not same(weights_of(models["student"]), weights_of(models["text_only"]))
+    for model in models.values():
+        assert len(dissect(model).blocks) == metrics["blocks"] == 5
+        for number in range(3):  # the prefix is the teacher's own
+            assert same(
+                weights_of(dissect(model).blocks[number]), weights_of(dissect(whole).blocks[number])
+            )
+    assert metrics["parameters"] == sum(p.numel() for p in models["student"].parameters())
+    assert metrics["tokens_trained"] == 6 * 3 * 16
+
+
+def test_each_model_starts_from_the_untrained_student_and_learns_what_it_is_said_to(
+    dag: TinyDag, project: Project
+) -> None:
+    dag.run("distill")
+    folder = dag.root / "artifacts/distill"
+    profile = dag.root / "artifacts/profile" / TEACHER
+    found = TeacherTargets(dag.root / "artifacts/extract" / TEACHER)
+    taught = Lesson(found, read_subspaces(profile), 3, [5, 6, 7], [*HARMS], params(steps=6))
+    for name, weights in (("student", FULL), ("text_only", Weights(0.0, 1.0, 0.0, 1.0))):
+        model = open_model(folder / "before_training")
+        train(model, taught, weights, project.job(), name)
+        assert same(weights_of(model), weights_of(open_model(folder / name))), name
+
+
+@pytest.mark.parametrize("at", [("student", 2), ("student", 6), ("text_only", 4), ("text_only", 6)])
+def test_an_interrupted_stage_publishes_the_same_bytes(dag: TinyDag, at: tuple[str, int]) -> None:
+    dag.run("distill")
+    expected = dag.published("distill")
+    shutil.rmtree(dag.root / "scratch/distill")
+    shutil.rmtree(dag.root / "artifacts/distill")
+    with pytest.raises(Stopped, match=f"step {at[1]} of 6"):
+        dag.run("distill", StopAt(*at))
+    assert dag.published("distill") == {}
+    dag.run("distill")
+    assert dag.published("distill") == expected
+
+
+def test_without_the_control_there_is_none(dag: TinyDag) -> None:
+    dag.set("distill", text_only_control=False)
+    dag.run("distill")
+    assert not (dag.root / "artifacts/distill/text_only").exists()
+
+
+@pytest.mark.parametrize("depths", [[], [0.875]])
+def test_no_anchor_or_none_with_a_counterpart_is_no_obstacle(dag: TinyDag, depths: list) -> None:
+    dag.set("extract", anchor_depths=depths)  # 0.875: block 6, inside the gap of 5 to 7
+    dag.run("extract")
+    dag.run("distill")
+    curve = (path for path in (dag.root / "scratch/distill").glob("*/metrics.jsonl"))
+    lines = [json.loads(line) for line in next(curve).read_text(encoding="utf-8").splitlines()]
+    taught = [line["anchor"] for line in lines if line["phase"] in ("student", "text_only")]
+    assert taught == [0.0] * 12

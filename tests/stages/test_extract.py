@@ -1,0 +1,214 @@
+"""Extract: what is kept of a teacher is what its own forward gives, and damage is seen."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import modeling.losses
+import stages.extract.answers
+from stages.extract.answers import read_answers
+from stages.extract.stage import Params, Shards
+from stages.formats.targets import TeacherTargets
+from stages.process import Stopped
+from tests.stages.lessons import (
+    ANCHORS,
+    PREFIX,
+    TOP_K,
+    answers,
+    block_outputs,
+    rows,
+    subspaces_of,
+    teacher,
+)
+from tests.stages.tiny_dag import TEACHER, StopAt, TinyDag, make_tiny_dag
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_mamba
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+
+
+@torch.no_grad()
+def log_probs_of(model, tokens: Tensor) -> Tensor:
+    """The whole distribution at every position by the model's own forward: (B, T, V) float64."""
+    return model(tokens, use_cache=False).logits.double().log_softmax(-1)
+
+
+# --- answers ---------------------------------------------------------------------------------
+
+
+@every_dtype
+def test_the_top_k_and_the_tail_are_those_of_a_whole_forward(dtype: torch.dtype) -> None:
+    model, tokens = teacher().to(dtype), rows(3)
+    found = answers(model, tokens, subspaces_of(model, tokens))
+    expected = log_probs_of(model, tokens)
+    top, ids = expected.topk(TOP_K, -1)
+    close = {"atol": 2e-3, "rtol": 2e-3} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
+    torch.testing.assert_close(found["log_probs"].double(), top, **close)
+    if dtype == torch.float32:  # logits in bfloat16 are often equal, and then any order is right
+        assert torch.equal(found["ids"].long(), ids)
+    assert (found["ids"].sort(-1).values.diff(dim=-1) > 0).all()  # none is there twice
+    at_ids = expected.gather(-1, found["ids"].long())
+    torch.testing.assert_close(found["log_probs"].double(), at_ids, **close)
+    others = expected.scatter(-1, found["ids"].long(), -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(found["tail"].double(), others, **close)
+
+
+@every_dtype
+def test_kept_mass_and_tail_are_the_whole_distribution(dtype: torch.dtype) -> None:
+    model, tokens = teacher().to(dtype), rows(3)
+    found = answers(model, tokens, subspaces_of(model, tokens))
+    mass = found["log_probs"].double().exp().sum(-1) + found["tail"].double().exp()
+    torch.testing.assert_close(mass, torch.ones_like(mass), atol=2e-3, rtol=0)
+
+
+@every_dtype
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_mamba])
+def test_the_prefix_is_the_output_of_the_block_before(build: Callable, dtype: torch.dtype) -> None:
+    model, tokens = build(blocks=4).to(dtype), rows(2)
+    subspaces = subspaces_of(model, tokens)
+    outputs = block_outputs(model, tokens)
+    for prefix in (1, 2, 3):
+        found = read_answers(model, tokens, TOP_K, prefix, (3,), subspaces)
+        assert torch.equal(found["prefix"], outputs[prefix - 1].bfloat16())
+
+
+def test_without_a_prefix_the_embedding_is_kept() -> None:
+    model, tokens = teacher(), rows(2)
+    found = read_answers(model, tokens, TOP_K, 0, (3,), subspaces_of(model, tokens))
+    assert torch.equal(found["prefix"], model.get_input_embeddings()(tokens))
+
+
+@every_dtype
+def test_anchors_are_whitened_coordinates_of_their_blocks_outputs(dtype: torch.dtype) -> None:
+    model, tokens = teacher().to(dtype), rows(6)
+    subspaces = subspaces_of(model, tokens)
+    found = answers(model, tokens, subspaces)
+    outputs = block_outputs(model, tokens)
+    assert {key for key in found if key.startswith("anchor.")} == {f"anchor.{b}" for b in ANCHORS}
+    for block in ANCHORS:
+        centred = outputs[block].double() - subspaces.mean[block].double()
+        basis = subspaces.basis[block].double()
+        scale = subspaces.variance[block, : basis.shape[1]].double().sqrt()
+        torch.testing.assert_close(
+            found[f"anchor.{block}"].double(), centred @ basis / scale, atol=0.02, rtol=0.02
+        )
+        assert found[f"anchor.{block}"].float().var() == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_row_does_not_see_its_neighbours() -> None:
+    model, tokens = teacher().float(), rows(5)
+    subspaces = subspaces_of(model, tokens)
+    together = answers(model, tokens, subspaces)
+    for number, row in enumerate(tokens):
+        alone = answers(model, row[None], subspaces)
+        for key, tensor in together.items():
+            torch.testing.assert_close(alone[key][0], tensor[number], atol=0.02, rtol=0.02)
+
+
+def test_the_size_of_a_chunk_of_logits_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = teacher().float(), rows(3)
+    subspaces = subspaces_of(model, tokens)
+    whole = answers(model, tokens, subspaces)
+    assert modeling.losses.CHUNK_TOKENS > tokens.numel()
+    monkeypatch.setattr(stages.extract.answers, "CHUNK_TOKENS", 7)
+    for key, tensor in answers(model, tokens, subspaces).items():
+        torch.testing.assert_close(tensor, whole[key], atol=2e-3, rtol=2e-3)
+
+
+def test_all_tokens_may_be_kept() -> None:
+    model, tokens = teacher(), rows(2)
+    subspaces = subspaces_of(model, tokens)
+    found = read_answers(model, tokens, 97, PREFIX, ANCHORS, subspaces)
+    assert found["ids"].shape == (2, 16, 97)
+    assert torch.isfinite(found["tail"].float()).all() and (found["tail"].float() < -14).all()
+
+
+# --- the stage -------------------------------------------------------------------------------
+
+GOOD = {
+    "top_k": 8, "prefix_depth": 0.333, "anchor_depths": (0.667, 1.0), "batch_rows": 2,
+    "shard_rows": 4, "seed": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"shard_rows": 5}, "'shard_rows' .5. must be a multiple of 'batch_rows' .2."),
+        ({"anchor_depths": (0.2, 1.0)}, "'anchor_depths' is 0.2; it must lie between 0.333 and 1"),
+        ({"anchor_depths": (1.1,)}, "'anchor_depths' is 1.1"),
+        ({"prefix_depth": 1.0}, "'prefix_depth' is 1.0"),
+        ({"top_k": 0}, "'top_k' is 0"),
+    ],
+)
+def test_contradictions_are_refused(changed: dict, message: str) -> None:
+    Params(**GOOD)
+    with pytest.raises(ValueError, match=message):
+        Params(**{**GOOD, **changed})
+
+
+@pytest.fixture
+def dag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyDag:
+    return make_tiny_dag(tmp_path, monkeypatch)
+
+
+def test_the_stage_keeps_every_training_row_once(dag: TinyDag) -> None:
+    metrics = dag.run("extract")
+    targets = TeacherTargets(dag.root / "artifacts/extract" / TEACHER)
+    header = targets.header
+    assert (header.teacher, header.prefix_blocks, header.anchors) == (TEACHER, 3, (3, 4, 7))
+    found = targets.rows(torch.arange(header.rows)).tokens
+    assert sorted(found.tolist()) == sorted(rows(10, start=len("train")).tolist())
+    assert metrics["tokens"] == found.numel()
+    tail = targets.rows(torch.arange(10)).tail.mean().item()
+    assert metrics["top_k_mass"] == pytest.approx(1 - tail, abs=1e-4)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_an_interrupted_extraction_ends_with_the_same_bytes(dag: TinyDag, step: int) -> None:
+    dag.run("extract")
+    expected = dag.published("extract")
+    shutil.rmtree(dag.root / "scratch")
+    shutil.rmtree(dag.root / "artifacts/extract")
+    with pytest.raises(Stopped, match=f"step {step} of 3"):
+        dag.run("extract", StopAt("main", step))
+    assert dag.published("extract") == {}
+    dag.run("extract")
+    assert dag.published("extract") == expected
+
+
+@pytest.mark.parametrize("depths", [[0.333, 1.0], [0.4, 1.0]])
+def test_an_anchor_that_falls_into_the_prefix_is_refused(dag: TinyDag, depths: list) -> None:
+    """The student does not compute these blocks, so it could not be held to them."""
+    dag.set("extract", anchor_depths=depths)  # of 8 blocks, block 2; the prefix is 0 to 2
+    with pytest.raises(ValueError, match="anchor_depths.*prefix"):
+        dag.run("extract")
+
+
+def test_a_prefix_of_all_blocks_is_refused(dag: TinyDag) -> None:
+    """0.9 of few blocks rounds to all of them; nothing would be left to teach, nor be kept."""
+    save = tiny_llama(blocks=4).bfloat16()
+    shutil.rmtree(dag.teacher_folder)
+    save.save_pretrained(dag.teacher_folder)
+    dag.set("extract", prefix_depth=0.9, anchor_depths=[1.0])
+    with pytest.raises(ValueError, match="prefix"):
+        dag.run("extract")
+
+
+def test_more_tokens_than_the_vocabulary_has_are_refused_by_name(dag: TinyDag) -> None:
+    dag.set("extract", top_k=98)
+    with pytest.raises(ValueError, match="top_k.*97"):
+        dag.run("extract")
+
+
+def test_the_count_of_shards_survives_a_checkpoint(tmp_path: Path) -> None:
+    shards, fresh = Shards(), Shards()
+    shards.done = 17
+    shards.save(tmp_path)
+    fresh.load(tmp_path)
+    assert fresh.done == 17
