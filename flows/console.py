@@ -34,7 +34,7 @@ class Estimate:
 
     def left_s(self, name: str, measured: float | None) -> float:
         """Seconds that a running node still needs; `measured`: from its own steps, if known."""
-        elapsed = time.monotonic() - self.began[name]
+        elapsed = time.monotonic() - self.began.get(name, time.monotonic())
         return max(self.expected_s[name] * self.pace - elapsed, measured or 0.0, 0.0)
 
     def all_left_s(self, running: dict[str, float | None], pending: set[str]) -> float:
@@ -113,7 +113,7 @@ class ProgressView:
 
     def _draw(self, running: dict[str, list[dict]], total_left_s: float) -> None:
         done = sum(self.estimate.took.values()) + sum(
-            time.monotonic() - began for began in self.estimate.began.values()
+            time.monotonic() - began for began in list(self.estimate.began.values())
         )
         share = done / (done + total_left_s) if done else 0.0
         self._progress.update(self._total, completed=share, note=f"{duration(total_left_s)} left")
@@ -124,12 +124,19 @@ class ProgressView:
 
     def _last_line(self, name: str) -> list[dict]:
         """The first and the last step of the present phase."""
-        path = self.metrics_path(self.nodes[name])
-        if path is None or not path.is_file():
+        try:
+            steps = read_steps(self.metrics_path(self.nodes[name]))
+        except FileNotFoundError:  # the stage has just ended, and its scratch is cleared away
             return []
-        lines = path.read_text(encoding="utf-8").splitlines()
-        steps = [json.loads(line) for line in lines if line.endswith("}")]
         return [step for step in steps if step["phase"] == steps[-1]["phase"]]
+
+
+def read_steps(path: Path | None) -> list[dict]:
+    """The steps in a metrics.jsonl; a line that is not whole yet is left out."""
+    if path is None:
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _steps_left_s(steps: list[dict]) -> float | None:

@@ -5,8 +5,10 @@ that it leans on: Repo.index.graph, Stage.deps/outs, Dependency.status, StageCac
 pinned in constraints.txt, and tests/flows/test_plan.py fails when one of them changes.
 """
 
+import contextlib
 import io
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +59,7 @@ def read_nodes(root: Path, params_text: str | None = None) -> list[Node]:
     from dvc.repo import Repo
 
     try:
-        with Repo(str(root)) as repo:
+        with contextlib.chdir(root), Repo(str(root)) as repo:  # DVC names stages from here
             if params_text is not None:
                 repo.fs = _with_params(root / "params.yaml", params_text)
             return _nodes(repo, root)
@@ -103,16 +105,18 @@ def named_nodes(nodes: list[Node], name: str) -> list[Node]:
 
 def remove_strays(root: Path, nodes: list[Node]) -> list[str]:
     """Delete outputs for teachers that are no longer asked for; DVC's cache keeps their content."""
-    outs = {Path(node.out) for node in nodes}
-    strays = [
-        path.relative_to(root)
-        for folder in {out.parent for out in outs if len(out.parts) > 2}
-        for path in (root / folder).glob("*")
-        if path.relative_to(root) not in outs
-    ]
+    outs = {root / node.out for node in nodes if "@" in node.name}
+    strays = sorted(
+        path
+        for folder in {out.parent for out in outs}
+        for path in folder.glob("*")
+        if path.is_dir() and not path.is_symlink() and path not in outs
+    )
     for stray in strays:
-        shutil.rmtree(root / stray)
-    return [str(stray) for stray in strays]
+        shutil.rmtree(stray)
+        metrics = root / "metrics" / stray.parent.name / f"{stray.name}.json"
+        metrics.unlink(missing_ok=True)
+    return [str(stray.relative_to(root)) for stray in strays]
 
 
 def repair_lockfile(root: Path) -> str | None:
@@ -126,9 +130,11 @@ def repair_lockfile(root: Path) -> str | None:
     known = _stages_of(good)
     found = _stages_of(lock)
     missing = set(known or {}) - set(found or {})
-    if known is None or (found is not None and not missing):
+    if found is not None and not missing and _stage_names(lock) == set(found):
         return None
-    merged = {"schema": "2.0", "stages": {**known, **(found or {})}}
+    if known is None and found is None:
+        return None
+    merged = {"schema": "2.0", "stages": {**(known or {}), **(found or {})}}
     lock.write_text(yaml.safe_dump(merged, sort_keys=False), encoding="utf-8")
     return f"dvc.lock was cut short by a kill; restored {', '.join(sorted(missing)) or 'it'}"
 
@@ -235,7 +241,10 @@ def _in_run_cache(stage: Any, repo: Any) -> bool:
     if any(not dep.exists for dep in stage.deps):
         return False
     stage.save_deps()
-    cached = repo.stage_cache._load(stage)
+    try:
+        cached = repo.stage_cache._load(stage)
+    except (TypeError, ValueError):  # how DVC fails on an entry that a kill left empty or torn
+        return False
     if cached is None:
         return False
     return repo.stage_cache._create_stage(cached, wdir=stage.wdir).outs_cached()
@@ -247,7 +256,7 @@ def _with_params(path: Path, text: str) -> Any:
 
     class WithParams(LocalFileSystem):
         def open(self, opened: str, mode: str = "r", **options: Any) -> Any:
-            if Path(opened) == path:
+            if os.path.abspath(opened) == str(path):
                 return io.StringIO(text)
             return super().open(opened, mode=mode, **options)
 
@@ -258,7 +267,27 @@ def _stages_of(path: Path) -> dict[str, Any] | None:
     """The stages of a lock file; None when it is absent or cannot be read."""
     content = _yaml_of(path)
     stages = content.get("stages") if isinstance(content, dict) else None
-    return stages if isinstance(stages, dict) else None
+    if not isinstance(stages, dict):
+        return None
+    return {name: entry for name, entry in stages.items() if _is_whole(entry)}
+
+
+def _stage_names(path: Path) -> set[str]:
+    """All names in a lock file, whole entries or not."""
+    return set((_yaml_of(path) or {}).get("stages") or {})
+
+
+def _is_whole(entry: Any) -> bool:
+    """Whether an entry of dvc.lock has all that DVC writes: a cut may take its end away."""
+    if not isinstance(entry, dict) or not entry.get("cmd") or not entry.get("outs"):
+        return False
+    hashed = [*(entry.get("deps") or []), *entry["outs"]]
+    return all(
+        isinstance(item, dict)
+        and len(str(item.get("md5")).removesuffix(".dir")) == 32
+        and isinstance(item.get("size"), int)
+        for item in hashed
+    ) and None not in (entry.get("deps", ()), entry.get("params", ()))
 
 
 def read_metrics(root: Path, node: Node) -> dict[str, float]:

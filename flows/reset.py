@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from flows.plan import Node, named_nodes, read_nodes
+from flows.plan import Node, named_nodes, read_nodes, repair_lockfile, repair_run_cache
 
 
 def reset(root: Path, name: str, yes: bool, console: Console) -> bool:
@@ -15,6 +15,7 @@ def reset(root: Path, name: str, yes: bool, console: Console) -> bool:
     Deletes outputs, metrics, checkpoints, the entry in dvc.lock and in DVC's run cache, so that the
     next run really starts anew. Raises UnknownStage.
     """
+    repair_lockfile(root)
     nodes = read_nodes(root)
     chosen = nodes if name == "all" else named_nodes(nodes, name)
     doomed = [path for node in chosen for path in belongings(root, node) if path.exists()]
@@ -25,13 +26,22 @@ def reset(root: Path, name: str, yes: bool, console: Console) -> bool:
     console.print("this will be deleted (mlruns stays):", highlight=False)
     for path in doomed:
         console.print(f"  {path.relative_to(root)}", highlight=False)
-    if not yes and console.input("delete it? [y/N] ").strip().lower() not in {"y", "yes"}:
+    if not yes and not agreed(console):
         console.print("nothing was deleted")
         return False
     for path in doomed:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    repair_run_cache(root)  # DVC fails on the empty folders that are left of its entries
     forget_in_lockfile(root, {node.name for node in chosen})
     return True
+
+
+def agreed(console: Console) -> bool:
+    """Ask; anything but a yes, and nobody there to answer, is a no."""
+    try:
+        return console.input("delete it? [y/N] ", markup=False).strip().lower() in {"y", "yes"}
+    except EOFError:
+        return False
 
 
 def belongings(root: Path, node: Node) -> list[Path]:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from flows.console import Estimate, ProgressView, duration, plan_table, result_table
@@ -33,8 +32,9 @@ from flows.plan import (
     repair_run_cache,
     select_nodes,
 )
-from flows.settings import BadSetting, Changes, changed_params, flat
+from flows.settings import BadSetting, Changes, changed_params, flat, read_options
 from flows.stage_process import Outcome, StageRunner
+from registry.strict import strict_yaml
 
 LEDGER = Path("scratch") / "last_runs.json"
 VERDICTS = 3  # sentences of the report that are shown: those on the text trained for
@@ -65,7 +65,7 @@ def dry_run(root: Path, request: Request, console: Console) -> None:
     check_params(root, text)
     nodes = read_nodes(root, text)
     chosen = select_nodes(nodes, request.only, request.start)
-    console.print(plan_table(nodes, chosen, expectations(root, yaml.safe_load(text), nodes)))
+    console.print(plan_table(nodes, chosen, expectations(root, strict_yaml(text), nodes)))
 
 
 def run_pipeline(root: Path, request: Request, console: Console) -> Summary:
@@ -75,12 +75,14 @@ def run_pipeline(root: Path, request: Request, console: Console) -> Summary:
         console.print(repaired)
     clear_dead_locks(root)
     repair_run_cache(root)
-    put_params_in_force(root, request.changes, console)
-    params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
-    nodes = read_nodes(root)
+    text = changed_params(root, request.changes)
+    check_params(root, text)
+    nodes = read_nodes(root, text)
+    chosen = select_nodes(nodes, request.only, request.start)  # refuses before anything is written
+    put_params_in_force(root, text, request.changes.preset, console)
     for stray in remove_strays(root, nodes):
         console.print(f"removed {stray}: its teacher is not asked for (DVC's cache keeps it)")
-    chosen = select_nodes(nodes, request.only, request.start)
+    params = strict_yaml(text)
     run = _Run(root, chosen, params, request, console)
     outcomes = run.execute()
     keep_lockfile(root)
@@ -89,7 +91,8 @@ def run_pipeline(root: Path, request: Request, console: Console) -> Summary:
 
 
 def check_params(root: Path, text: str) -> None:
-    """Have every stage check its section; raises BadSetting with what is wrong."""
+    """Have every section checked; raises BadSetting (a ValueError) with what is wrong."""
+    read_options(strict_yaml(text))
     with tempfile.TemporaryDirectory() as folder:
         candidate = Path(folder) / "params.yaml"
         candidate.write_text(text, encoding="utf-8")
@@ -99,16 +102,15 @@ def check_params(root: Path, text: str) -> None:
         raise BadSetting(done.stderr.strip())
 
 
-def put_params_in_force(root: Path, changes: Changes, console: Console) -> None:
-    """Check and write params.yaml; a hand-edited one that a preset replaces is kept beside it."""
+def put_params_in_force(root: Path, new: str, preset: str | None, console: Console) -> None:
+    """Write params.yaml; a hand-edited one that a preset replaces is kept in scratch."""
     path = root / "params.yaml"
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
-    new = changed_params(root, changes)
-    check_params(root, new)
     if new == old:
         return
     presets = {file.read_text(encoding="utf-8") for file in (root / "presets").glob("*.yaml")}
-    if changes.preset and old and old not in presets:
+    if preset and old and old not in presets:
+        (root / "scratch").mkdir(exist_ok=True)
         kept = root / "scratch" / f"params.{time.strftime('%Y%m%d-%H%M%S')}.yaml"
         kept.write_text(old, encoding="utf-8")
         console.print(
@@ -117,7 +119,7 @@ def put_params_in_force(root: Path, changes: Changes, console: Console) -> None:
     part = path.with_suffix(".part")
     part.write_text(new, encoding="utf-8")
     part.replace(path)
-    before, after = (flat(yaml.safe_load(text) or {}) for text in (old, new))
+    before, after = (flat(strict_yaml(text) or {}) for text in (old, new))
     changed = [f"{key}={after.get(key)}" for key in after if before.get(key) != after.get(key)]
     shown = ", ".join(changed[:6]) + (f" and {len(changed) - 6} more" if len(changed) > 6 else "")
     console.print(f"params.yaml now has {shown}", highlight=False)
@@ -142,7 +144,10 @@ def expectations(root: Path, params: dict[str, Any], nodes: list[Node]) -> dict[
 def read_ledger(root: Path) -> dict[str, Any]:
     """What each stage took the last time it ran here."""
     path = root / LEDGER
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):  # none yet, or cut short by a kill
+        return {}
 
 
 class _Run:
@@ -159,13 +164,13 @@ class _Run:
         from flows.tracking import Tracker
 
         self.root, self.nodes, self.params, self.console = root, nodes, params, console
-        options = params["pipeline"]
+        self.options = read_options(params)
         self.runner = StageRunner(
             root,
             uuid.uuid4().hex,
             request.verbose,
-            options["checkpoint_every_s"],
-            options["parallel_stages"],
+            self.options.checkpoint_every_s,
+            self.options.parallel_stages,
         )
         known = expectations(root, params, nodes)
         estimate = Estimate({node.name: known[node.name]["seconds"] for node in nodes})
@@ -220,13 +225,12 @@ class _Run:
     def _run_through_prefect(self) -> None:
         from flows.pipeline import Work, run_flow
 
-        options = self.params["pipeline"]
         work = Work(
             nodes=self.nodes,
             runner=self.runner,
-            parallel=options["parallel_stages"],
-            retries=options["retries"],
-            retry_after_s=options["retry_after_s"],
+            parallel=self.options.parallel_stages,
+            retries=self.options.retries,
+            retry_after_s=self.options.retry_after_s,
             on_start=self.started,
             on_finish=self.finished,
             on_failure=self.failed,
@@ -241,7 +245,9 @@ class _Run:
         ledger[f"{self.params['preset']}/{name}"] = {
             "seconds": round(outcome.seconds, 1), "gib": measured["peak_memory_gib"]
         }  # fmt: skip
-        (self.root / LEDGER).write_text(json.dumps(ledger, indent=1), encoding="utf-8")
+        part = self.root / LEDGER.with_suffix(".part")
+        part.write_text(json.dumps(ledger, indent=1), encoding="utf-8")
+        part.replace(self.root / LEDGER)
 
     def _tags(self, request: Request) -> dict[str, str]:
         asked = request.only or (f"from {request.start}" if request.start else "all")

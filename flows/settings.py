@@ -9,14 +9,34 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from registry.catalog import lookup, select
+from registry.catalog import UnknownName, lookup, select
+from registry.strict import BadEntry, build_record, strict_yaml
 
 
 class BadSetting(ValueError):
     """An option names something that is not there, or gives it a value that it cannot have."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The section `pipeline` of params.yaml; comments and units stand there."""
+
+    parallel_stages: int
+    retries: int
+    retry_after_s: float
+    checkpoint_every_s: float
+    champion_metric: str
+    expected: dict
+
+    def __post_init__(self) -> None:
+        least = {"parallel_stages": 1, "retries": 0, "retry_after_s": 0, "checkpoint_every_s": 0}
+        for name, minimum in least.items():
+            if not getattr(self, name) >= minimum:
+                found = getattr(self, name)
+                raise ValueError(f"'{name}' is {found}; it must be at least {minimum}")
 
 
 @dataclass(frozen=True)
@@ -40,16 +60,37 @@ def changed_params(root: Path, changes: Changes) -> str:
     if not path.is_file():
         raise BadSetting("params.yaml is missing; --preset laptop brings it back")
     text = path.read_text(encoding="utf-8")
-    edits = _edits(_parse(text, path), changes)
+    content = _parse(text, path)
+    if not isinstance(content, dict):
+        raise BadSetting(f"{path.name} has no sections; --preset laptop brings them back")
+    edits = _edits(content, changes)
     if not edits:
         return text
-    yaml = _yaml()
-    content = yaml.load(text)
+    editor = _editor()
+    content = editor.load(text)
     for keys, value in edits:
         _assign(content, keys, value)
     buffer = io.StringIO()
-    yaml.dump(content, buffer)
+    editor.dump(content, buffer)
     return buffer.getvalue()
+
+
+def read_options(content: dict[str, Any]) -> Options:
+    """Check what concerns the run as a whole: the section `pipeline`, and the teachers' names.
+
+    Raises BadEntry, BadSetting or UnknownName. The stages check their own sections.
+    """
+    teachers = content.get("teachers")
+    if not isinstance(teachers, list) or not teachers:
+        raise BadSetting(f"params.yaml, 'teachers' is {teachers!r}; write a list such as [NAME]")
+    for name in teachers:
+        try:
+            lookup("teachers", name)
+        except UnknownName as error:
+            raise BadSetting(f"params.yaml, 'teachers': {error}") from error
+    if not isinstance(content.get("preset"), str):
+        raise BadSetting("params.yaml has no 'preset'; copy the line from presets/laptop.yaml")
+    return build_record(Options, content.get("pipeline"), "params.yaml, section 'pipeline'")
 
 
 def preset_names(root: Path) -> list[str]:
@@ -125,17 +166,16 @@ def _assign(content: Any, keys: list[str], value: Any) -> None:
     content[keys[-1]] = value
 
 
-def _yaml() -> YAML:
-    yaml = YAML()
-    yaml.width = 120
-    yaml.preserve_quotes = True
-    return yaml
+def _editor() -> YAML:
+    """A YAML reader and writer that keeps comments."""
+    editor = YAML()
+    editor.width = 120
+    editor.preserve_quotes = True
+    return editor
 
 
 def _parse(text: str, path: Path) -> Any:
-    import yaml
-
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, YAMLError) as error:
+        return strict_yaml(text)
+    except (yaml.YAMLError, BadEntry) as error:
         raise BadSetting(f"{path} is not valid YAML: {error}") from error

@@ -63,13 +63,13 @@ class StageRunner:
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel)),
         }
         self.stopping = threading.Event()
-        self._running: dict[str, subprocess.Popen] = {}
 
     def run(self, node: Node) -> Outcome:
         """Run `dvc repro` for one node; raises StageFailed or StageStopped."""
         if self.stopping.is_set():
             raise StageStopped(f"{node.name}: not started")
         began = time.monotonic()
+        (self.root / "scratch" / node.name / "outcome.json").unlink(missing_ok=True)
         log = self.log_path(node)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as stream:
@@ -97,15 +97,8 @@ class StageRunner:
         raise StageFailed(node.name, f"{reason}; {last_lines(log)}", may_pass=True)
 
     def stop(self) -> None:
-        """Ask all running stages to write a checkpoint and end; returns at once."""
-        self.stopping.set()
-        for name in list(self._running):
-            pid = self._stage_pid(name)
-            with contextlib.suppress(ProcessLookupError):
-                if pid is not None:
-                    os.kill(pid, signal.SIGTERM)  # DVC must live on until its stage has ended
-                else:
-                    os.killpg(self._running[name].pid, signal.SIGTERM)
+        """Have all running stages write a checkpoint and end; returns at once."""
+        self.stopping.set()  # whoever waits for a stage sees it
 
     def log_path(self, node: Node) -> Path:
         """Where the output of a node's DVC and stage goes."""
@@ -113,9 +106,9 @@ class StageRunner:
 
     def metrics_path(self, node: Node) -> Path | None:
         """The metrics.jsonl of the node's present work, if it has begun."""
-        folder = self.root / "scratch" / node.name
-        files = list(folder.glob("*/metrics.jsonl"))
-        return max(files, key=lambda path: path.parent.stat().st_mtime, default=None)
+        work = self._outcome(node).get("work")  # the stage says it once it knows its fingerprint
+        path = self.root / "scratch" / node.name / str(work) / "metrics.jsonl"
+        return path if work and path.is_file() else None
 
     def _start(self, node: Node, log) -> subprocess.Popen:
         dvc = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "-s", node.name]
@@ -128,24 +121,32 @@ class StageRunner:
             start_new_session=True,
             env={**os.environ, **self.environment},
         )
-        self._running[node.name] = process
         return process
 
     def _wait(self, node: Node, process: subprocess.Popen) -> int:
-        asked_s = None
+        asked: dict[int, float] = {}  # whom, and when
         while True:
             try:
                 code = process.wait(timeout=0.2)
                 break
             except subprocess.TimeoutExpired:
                 if self.stopping.is_set():
-                    asked_s = asked_s or time.monotonic()
-                    if time.monotonic() - asked_s > GRACE_S:
-                        os.killpg(process.pid, signal.SIGKILL)
-        self._running.pop(node.name, None)
+                    self._ask_to_end(node, process, asked)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # whatever the stage left behind
         return code
+
+    def _ask_to_end(self, node: Node, process: subprocess.Popen, asked: dict[int, float]) -> None:
+        """SIGTERM once to the stage alone: DVC must live on until it has ended; SIGKILL at last."""
+        pid = self._stage_pid(node.name)
+        with contextlib.suppress(ProcessLookupError):
+            if pid is None and process.pid not in asked:  # the stage has not begun
+                os.killpg(process.pid, signal.SIGTERM)
+            elif pid is not None and pid not in asked:
+                os.kill(pid, signal.SIGTERM)
+            asked.setdefault(pid or process.pid, time.monotonic())
+            if time.monotonic() - min(asked.values()) > GRACE_S:
+                os.killpg(process.pid, signal.SIGKILL)
 
     def _stage_pid(self, name: str) -> int | None:
         try:
@@ -174,8 +175,8 @@ class StageRunner:
         shutil.rmtree(finished)
 
 
-def last_lines(log: Path, count: int = 3) -> str:
+def last_lines(log: Path, count: int = 6) -> str:
     """The end of a log, in one line, and where the rest is."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    end = " | ".join(line.strip() for line in lines[-count:] if line.strip())
+    end = " | ".join([line.strip() for line in lines if line.strip()][-count:])
     return f"{end} (all of it: {log})"

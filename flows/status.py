@@ -1,12 +1,11 @@
 """--status: what is done, what is stale, what is half done, and who is running."""
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from flows.console import number
+from flows.console import number, read_steps
 from flows.lock import Holder
 from flows.plan import Node, read_metrics, read_nodes
 
@@ -33,8 +32,8 @@ def unfinished(root: Path, node: Node) -> str:
     found = [path for path in files if path.parent.name != "last"]
     notes = []
     for path in found:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-        if lines:
-            last = json.loads(lines[-1])
+        steps = read_steps(path)
+        if steps:
+            last = steps[-1]
             notes.append(f"{last['phase']} {last['step']}/{last['total']}")
     return ", ".join(notes)

@@ -165,8 +165,8 @@ class Tracker:
                 return
             try:
                 job()
-            except (MlflowException, SQLAlchemyError, OSError) as error:
-                first_line = str(error).splitlines()[0]
+            except (MlflowException, SQLAlchemyError, OSError, ValueError, LookupError) as error:
+                first_line = next(iter(str(error).splitlines()), type(error).__name__)
                 self.problem = f"MLflow did not record everything: {first_line}"
 
     def _start_stage(self, node: Node, params: dict[str, Any], tags: dict[str, str]) -> None:
@@ -179,7 +179,7 @@ class Tracker:
     def _finish_stage(self, outcome: Outcome, tags: dict[str, str], log: Path) -> None:
         node = outcome.node
         if outcome.state == "ran":
-            self._send_curve(node)
+            self._send_curve(node, ended=True)
         else:
             if node.name not in self._runs:
                 self._start_stage(node, {}, {})
@@ -188,7 +188,7 @@ class Tracker:
         metrics = read_metrics(self.root, node)
         self._log_values(run, {f"final.{key}": value for key, value in metrics.items()})
         self._log_values(
-            self.run_id, {f"{_plain(node.name)}.{key}": value for key, value in metrics.items()}
+            self.run_id, {f"{node.name}.{key}": value for key, value in metrics.items()}
         )
         if outcome.state == "ran":
             self._send_result(node, run, log)
@@ -232,11 +232,12 @@ class Tracker:
         for node in list(self._nodes.values()):
             self._send_curve(node)
 
-    def _send_curve(self, node: Node) -> None:
+    def _send_curve(self, node: Node, ended: bool = False) -> None:
         """Send the lines of metrics.jsonl that are not sent yet."""
-        last = self.root / "scratch" / node.name / "last" / "metrics.jsonl"
-        path = self._metrics_path(node) or last
-        if not path.is_file():
+        path = self._metrics_path(node)
+        if path is None and ended:
+            path = self.root / "scratch" / node.name / "last" / "metrics.jsonl"
+        if path is None or not path.is_file():
             return
         lines = path.read_text(encoding="utf-8").splitlines()
         new = [json.loads(line) for line in lines[self._sent[node.name] :] if line.endswith("}")]
@@ -256,7 +257,7 @@ class Tracker:
 
     def _log_values(self, run: str, values: dict[str, float]) -> None:
         now = int(time.time() * 1000)
-        metrics = [Metric(key, float(value), now, 0) for key, value in values.items()]
+        metrics = [Metric(_plain(key), float(value), now, 0) for key, value in values.items()]
         for start in range(0, len(metrics), BATCH):
             self.client.log_batch(run, metrics=metrics[start : start + BATCH])
 
@@ -275,7 +276,7 @@ class Tracker:
 
 
 def _plain(name: str) -> str:
-    """A node's name in characters that MLflow allows in names: profile/TEACHER."""
+    """A name in characters that MLflow allows: profile/TEACHER."""
     return name.replace("@", "/")
 
 
@@ -286,4 +287,6 @@ def _as_metrics(line: dict[str, Any]) -> list[Metric]:
     values = {key: value for key, value in line.items() if key not in structure} or {
         "steps_done": line["step"]
     }
-    return [Metric(f"{line['phase']}.{k}", float(v), when, line["step"]) for k, v in values.items()]
+    step = line["step"]
+    names = {_plain(f"{line['phase']}.{key}"): value for key, value in values.items()}
+    return [Metric(name, float(value), when, step) for name, value in names.items()]

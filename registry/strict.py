@@ -21,7 +21,17 @@ class BadEntry(ValueError):
 
 
 class _NoRepeatedKeys(yaml.SafeLoader):
-    """YAML's safe loader, except that a key written twice is an error, not a silent overwrite."""
+    """YAML's safe loader, except that a key written twice is an error, not a silent overwrite.
+
+    And it reads YAML 1.2, as DVC does: 1e-4 is a number, and "no" is a word.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [
+            (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = []
@@ -34,9 +44,23 @@ class _NoRepeatedKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def strict_yaml(path: Path) -> Any:
-    """Read a YAML file in which no key stands twice; raises BadEntry for one that does."""
-    with path.open("rb") as stream:  # a stream, not its text, so that errors name the file
+_NoRepeatedKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_NoRepeatedKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|nan)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def strict_yaml(source: Path | str) -> Any:
+    """Read a YAML file, or text, in which no key stands twice; raises BadEntry otherwise."""
+    if isinstance(source, str):
+        return yaml.load(source, Loader=_NoRepeatedKeys)
+    with source.open("rb") as stream:  # a stream, not its text, so that errors name the file
         return yaml.load(stream, Loader=_NoRepeatedKeys)
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,12 @@ def main(arguments: list[str]) -> int:
     try:
         with only_one(ROOT / "scratch" / node / "lock", node):
             write_json(report, outcome)
-            fingerprint = run_stage(name, item, stop)
+            fingerprint = run_stage(
+                name,
+                item,
+                stop,
+                lambda job: write_json(report, outcome | {"work": job.folder.name}),
+            )
         outcome |= {"state": "done", "fingerprint": fingerprint}
         code = DONE
     except Stopped as stopped:
@@ -80,12 +86,15 @@ def main(arguments: list[str]) -> int:
     return code
 
 
-def run_stage(name: str, item: str | None, stop: StopRequest) -> str:
+def run_stage(
+    name: str, item: str | None, stop: StopRequest, on_begin: Callable[[Job], None]
+) -> str:
     """Run a stage and publish its output; give its fingerprint."""
     declaration = read_declaration(ROOT, name, item)
     stage = find_stage(name)
     params = read_section(ROOT / "params.yaml", name, stage.params)
     job = Job(ROOT, declaration, stop)
+    on_begin(job)
     if job.is_complete():
         job.say("was complete before; publishing it again")
     else:

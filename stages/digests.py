@@ -7,8 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from registry.strict import strict_yaml
 from stages.declaration import Declaration
 
 MANIFEST = "manifest.json"
@@ -77,7 +76,7 @@ def fingerprint(root: Path, declaration: Declaration) -> str:
 
 
 def _keys(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = strict_yaml(path)
     for key in keys:
         if key not in content:
             raise ValueError(f"{path.name} has no '{key}'; it has {', '.join(content)}")

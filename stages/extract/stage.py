@@ -76,6 +76,7 @@ def run(params: Params, job: Job) -> Metrics:
     blocks = len(dissect(model).blocks)
     prefix = share_of_depth(params.prefix_depth, blocks)
     anchors = tuple(sorted({share_of_depth(d, blocks) - 1 for d in params.anchor_depths}))
+    check_fit(params, prefix, anchors, blocks, model.get_output_embeddings().weight.shape[0])
     shards = rows.split(params.shard_rows)
     state = job.resume(Shards())
     for number in range(state.done, len(shards)):
@@ -96,6 +97,20 @@ def run(params: Params, job: Job) -> Metrics:
         "bytes_per_token": round(size / rows.numel(), 1),
         "top_k_mass": round(1 - mean_tail(job.output), 5),
     }
+
+
+def check_fit(
+    params: Params, prefix: int, anchors: tuple[int, ...], blocks: int, vocabulary: int
+) -> None:
+    """Refuse parameters that this teacher's shape does not allow."""
+    first = min(anchors, default=blocks - 1)
+    if prefix > first:
+        raise ValueError(
+            f"'anchor_depths' names block {first} of {blocks}, in the prefix of {prefix}, which "
+            "no student computes; raise it or lower 'prefix_depth'"
+        )
+    if params.top_k > vocabulary:
+        raise ValueError(f"'top_k' is {params.top_k}; the teacher has {vocabulary} tokens")
 
 
 def mean_tail(folder: Path) -> float:

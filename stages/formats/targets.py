@@ -86,9 +86,9 @@ class TeacherTargets:
         self.header = Header(**{**fields, "anchors": tuple(fields["anchors"])})
         shards = []
         for name, digest in self.header.shards.items():
-            if file_digest(folder / name) != digest:
+            if not (folder / name).is_file() or file_digest(folder / name) != digest:
                 raise Damaged(
-                    f"{folder / name} is damaged (its checksum differs from {HEADER}'s); "
+                    f"{folder / name} is damaged or missing (its checksum is not {HEADER}'s); "
                     f"extract it again: ./run_pipeline.sh --reset extract, then --from extract"
                 )
             shards.append(load_file(folder / name))

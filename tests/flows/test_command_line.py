@@ -16,7 +16,7 @@ from flows.__main__ import build_parser
 from flows.lock import LOCK_HELD, PipelineLock
 from flows.plan import keep_lockfile, read_nodes
 from flows.run import LEDGER, Request, dry_run, put_params_in_force
-from flows.settings import Changes
+from flows.settings import Changes, changed_params
 from flows.status import show_status
 from tests.flows.project import NODES, REPOSITORY, Project, snapshot, wait_for
 
@@ -169,13 +169,17 @@ def test_edits_by_hand_are_kept_when_a_preset_replaces_them(fresh: Project) -> N
     fresh.set(seed={"value": 77})
     mine = (fresh.root / "params.yaml").read_text()
     console = quiet()
-    put_params_in_force(fresh.root, Changes(preset="large"), console)
+    put_params_in_force(
+        fresh.root, changed_params(fresh.root, Changes(preset="large")), "large", console
+    )
     large = (fresh.root / "presets" / "large.yaml").read_text()
     assert (fresh.root / "params.yaml").read_text() == large
     (kept,) = (fresh.root / "scratch").glob("params.*.yaml")
     assert kept.read_text() == mine and kept.name in console.file.getvalue()
     assert "seed.value=1" in console.file.getvalue()
-    put_params_in_force(fresh.root, Changes(preset="small"), console)
+    put_params_in_force(
+        fresh.root, changed_params(fresh.root, Changes(preset="small")), "small", console
+    )
     assert len(list((fresh.root / "scratch").glob("params.*"))) == 1, "a preset is no edit"
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from flows.settings import BadSetting, Changes, changed_params, flat, preset_names
 from registry.catalog import UnknownName, lookup, names, select
+from registry.strict import strict_yaml
 from tests.flows.project import REPOSITORY, snapshot
 
 
@@ -23,7 +23,7 @@ def root(tmp_path: Path) -> Path:
 
 def set_to(root: Path, *assignments: str) -> dict[str, Any]:
     """The values, by dotted name, after --set with these."""
-    return flat(yaml.safe_load(changed_params(root, Changes(assignments=assignments))))
+    return flat(strict_yaml(changed_params(root, Changes(assignments=assignments))))
 
 
 def comments(text: str) -> list[str]:
@@ -49,7 +49,7 @@ def test_without_changes_the_text_stays_to_the_byte(root: Path) -> None:
 def test_a_preset_is_taken_to_the_byte(root: Path, preset: str) -> None:
     text = changed_params(root, Changes(preset=preset))
     assert text == (root / "presets" / f"{preset}.yaml").read_text()
-    assert yaml.safe_load(text)["preset"] == preset
+    assert strict_yaml(text)["preset"] == preset
 
 
 @pytest.mark.parametrize("option", ALL_CHANGES)
@@ -85,15 +85,15 @@ def test_options_change_what_they_name_and_nothing_else(root: Path, option: str)
         "--sample-size": {"prepare.sample_size": 12},
         "--skip-non-llm": {},
     }[option]
-    before = flat(yaml.safe_load((root / "params.yaml").read_text()))
-    after = flat(yaml.safe_load(changed_params(root, ALL_CHANGES[option])))
+    before = flat(strict_yaml((root / "params.yaml").read_text()))
+    after = flat(strict_yaml(changed_params(root, ALL_CHANGES[option])))
     assert after == {**before, **meant}
 
 
 def test_options_apply_on_top_of_a_preset(root: Path) -> None:
     changes = Changes(preset="tiny", assignments=("prepare.seed=3",), sample_size=5)
-    after = flat(yaml.safe_load(changed_params(root, changes)))
-    tiny = flat(yaml.safe_load((root / "presets" / "tiny.yaml").read_text()))
+    after = flat(strict_yaml(changed_params(root, changes)))
+    tiny = flat(strict_yaml((root / "presets" / "tiny.yaml").read_text()))
     assert after == {**tiny, "prepare.seed": 3, "prepare.sample_size": 5}
 
 
@@ -134,14 +134,14 @@ def test_a_value_arrives_with_its_type(root: Path, assignment: str, value: Any) 
 
 @pytest.mark.parametrize("preset", preset_names(REPOSITORY))
 def test_a_value_is_the_same_for_the_stages_and_for_dvc(root: Path, preset: str) -> None:
-    """The stages read params.yaml as YAML 1.1, DVC reads it as YAML 1.2."""
+    """Both read YAML 1.2, with different libraries."""
     from ruamel.yaml import YAML
 
     rates = ("1e-4", "0.00001", "3.0e-4", "1")
     for rate in rates:
         changes = Changes(preset=preset, assignments=(f"distill.learning_rate={rate}",))
         text = changed_params(root, changes)
-        assert YAML(typ="safe").load(text) == yaml.safe_load(text), rate
+        assert YAML(typ="safe").load(text) == strict_yaml(text), rate
 
 
 def test_several_assignments_all_count_and_the_last_of_one_name_wins(root: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_preset_is_a_name_and_no_path(root: Path, preset: str) -> None:
 
 def test_the_params_in_force_have_just_the_knobs_of_every_preset() -> None:
     knobs = {
-        path: sorted(flat(yaml.safe_load(path.read_text())))
+        path: sorted(flat(strict_yaml(path.read_text())))
         for path in [REPOSITORY / "params.yaml", *(REPOSITORY / "presets").glob("*.yaml")]
     }
     first = next(iter(knobs.values()))
@@ -227,7 +227,7 @@ def test_the_params_in_force_have_just_the_knobs_of_every_preset() -> None:
 
 
 def teachers_after(root: Path, **changes: Any) -> list[str]:
-    return yaml.safe_load(changed_params(root, Changes(**changes)))["teachers"]
+    return strict_yaml(changed_params(root, Changes(**changes)))["teachers"]
 
 
 def test_teachers_are_chosen_by_name_by_tag_or_all(root: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_choice_that_leaves_no_teacher_is_refused(root: Path) -> None:
 
 
 def test_data_sets_are_chosen_and_unknown_ones_refused(root: Path) -> None:
-    after = yaml.safe_load(changed_params(root, Changes(datasets="arithmetic")))
+    after = strict_yaml(changed_params(root, Changes(datasets="arithmetic")))
     assert after["prepare"]["datasets"] == ["arithmetic"]
     with pytest.raises(UnknownName, match="Did you mean arithmetic"):
         changed_params(root, Changes(datasets="aritmetic"))
@@ -277,7 +277,7 @@ def test_unsloth_is_switched_on_in_every_section_that_has_it(root: Path) -> None
     for section in ("prepare", "distill"):
         text = text.replace(f"\n{section}:\n", f"\n{section}:\n  use_unsloth: false  # why\n")
     (root / "params.yaml").write_text(text)
-    after = flat(yaml.safe_load(changed_params(root, Changes(use_unsloth=True))))
+    after = flat(strict_yaml(changed_params(root, Changes(use_unsloth=True))))
     assert {key for key, value in after.items() if "unsloth" in key and value is True} == {
         "prepare.use_unsloth", "distill.use_unsloth"
     }  # fmt: skip
