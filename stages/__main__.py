@@ -26,7 +26,7 @@ from stages.process import (
     keep_freed_memory,
     only_one,
     peak_memory_bytes,
-    wait_without_spinning,
+    spin_briefly,
 )
 
 ROOT = Path.cwd()
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         return BAD_INPUT
     die_with_parent()
     keep_freed_memory()
-    wait_without_spinning()
+    spin_briefly()
     stop = StopRequest()
     stop.listen()
     name, item = arguments[0], (arguments[1:] or [None])[0]
