@@ -12,7 +12,7 @@ if [ "$(cat .venv/installed 2>/dev/null || true)" != "$wanted" ]; then
   }
   exec 9>.venv.lock && flock 9 2>/dev/null || true # two starts at once: the second waits
   if [ "$(cat .venv/installed 2>/dev/null || true)" != "$wanted" ]; then
-    echo "setting up .venv (once; about 5 minutes, 2.5 GB)" >&2
+    echo "setting up .venv (once; 2 to 5 minutes, 2.5 GB)" >&2
     "$python" -m venv .venv
     pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@" 2> >(grep -v '^WARNING: Location' >&2); }
     pip install --constraint constraints.txt --editable '.[dev]'
