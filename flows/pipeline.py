@@ -5,7 +5,7 @@ its UI. Prefect's own caching is off. What is not stale starts no process, and w
 stale no Prefect either.
 
 Without PREFECT_API_URL a server of our own runs for as long as the flow does and dies with it: 3 s,
-against 5 s for Prefect's ephemeral one (measured here), which moreover outlives a
+against 5 s for Prefect's ephemeral one (benchmarks/overheads.py), which moreover outlives a
 kill -9. With PREFECT_API_URL the runs go to that server.
 """
 

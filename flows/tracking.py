@@ -93,7 +93,7 @@ def read_champion(root: Path, metric: str) -> Champion | None:
     except MlflowException:  # no such model, or no such alias: nobody was promoted yet
         return None
     value = version.tags.get(metric)
-    return Champion(version.version, version.run_id, float(value)) if value else None
+    return Champion(str(version.version), version.run_id, float(value)) if value else None
 
 
 def promote(root: Path, run_id: str, folder: Path, values: dict[str, float]) -> str:
@@ -103,7 +103,7 @@ def promote(root: Path, run_id: str, folder: Path, values: dict[str, float]) -> 
         client.create_registered_model(MODEL)
     tags = {key: str(value) for key, value in values.items()}
     source = folder.resolve().as_uri()
-    version = client.create_model_version(MODEL, source, run_id=run_id, tags=tags).version
+    version = str(client.create_model_version(MODEL, source, run_id=run_id, tags=tags).version)
     client.set_registered_model_alias(MODEL, "champion", version)
     return version
 

@@ -59,7 +59,7 @@ def spin_briefly() -> None:
 
     libgomp's default spins for milliseconds. On an idle machine that gains 4 % in training; beside
     one busy process it takes the core from the thread that is waited for, and costs a factor of 6
-    to 10. Never spinning (OMP_WAIT_POLICY=PASSIVE) costs 30 % on an idle machine.
+    to 10. Never spinning (GOMP_SPINCOUNT=0) costs 30 % on an idle machine (benchmarks/overheads.py).
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

@@ -1,11 +1,16 @@
 """The whole DAG as a user runs it: a clone, run_pipeline.sh, and again."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -96,3 +101,57 @@ def test_the_student_opens_in_stock_transformers_and_talks(project: Path) -> Non
     done = subprocess.run(command, cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("A list is")
+
+
+@contextlib.contextmanager
+def served_nightly(project: Path, log: Path) -> Iterator[None]:
+    """The nightly flow, served every few seconds; at the end nothing of it is left."""
+    environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+    command = [str(project / ".venv" / "bin" / "python"), "-m", "flows.nightly", "--every-s", "6"]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, cwd=project, stdout=stream, stderr=subprocess.STDOUT,
+            env={**environment, "PREFECT_LOGGING_LEVEL": "INFO"}, start_new_session=True,
+        )  # fmt: skip
+        tree = psutil.Process(process.pid)
+        try:
+            yield
+        finally:
+            children = tree.children(recursive=True)
+            process.send_signal(signal.SIGINT)
+            psutil.wait_procs([tree, *children], timeout=20)
+            for child in [*children, tree]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+
+def wait_for(what: Callable[[], object], log: Path, limit_s: float = 180) -> object:
+    """Poll until `what` gives something; the log tells why it never did."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.5)
+    pytest.fail(f"{what} did not happen in {limit_s} s:\n{log.read_text()[-3000:]}")
+
+
+def test_nights_promote_the_first_student_and_report_a_regression(
+    project: Path, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    from flows.tracking import MODEL, read_champion
+
+    params = (project / "params.yaml").read_text()
+    (metric,) = (line.split()[1] for line in params.splitlines() if "champion_metric:" in line)
+    log = tmp_path / "nightly.log"
+    with served_nightly(project, log):
+        champion = wait_for(lambda: read_champion(project, metric), log)
+        metrics = json.loads((project / "metrics" / "benchmark.json").read_text())
+        assert (champion.version, champion.value) == ("1", pytest.approx(metrics[metric]))
+        # A champion that no student can reach: the following night has to say so.
+        client = MlflowClient(f"sqlite:///{project}/mlruns/mlflow.db")
+        client.set_model_version_tag(MODEL, champion.version, metric, "0.5")
+        wait_for(lambda: "Regression" in log.read_text(), log)
+    assert "is worse than the champion's 0.5000" in log.read_text()
+    assert read_champion(project, metric).version == "1"
