@@ -39,9 +39,9 @@ class BlockCalls:
     arguments: list[tuple[tuple, dict[str, Any]]]
 
 
-def dissect(model: PreTrainedModel) -> Anatomy:
-    """Find the parts of a model. Raises ValueError, saying what was found, when it is ambiguous."""
-    count = model.config.get_text_config().num_hidden_layers
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Find the block list and its name. Raises ValueError, saying what was found, when unclear."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -52,12 +52,35 @@ def dissect(model: PreTrainedModel) -> Anatomy:
             f"{type(model).__name__} has {len(lists)} lists of {count} modules "
             f"({', '.join(lists) or 'none'}); exactly one is needed to know its blocks"
         )
-    (name,) = lists
+    return next(iter(lists.items()))
+
+
+def find_units(model: PreTrainedModel) -> list[nn.Module]:
+    """What a model is streamed by: its blocks, or where those are not in one list, the members of
+    all its outermost lists."""
+    with contextlib.suppress(ValueError):
+        return list(find_blocks(model)[1])
+    units: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                units.extend(member for member in child if any(True for _ in member.parameters()))
+            else:
+                visit(child)
+
+    visit(model)
+    return units
+
+
+def dissect(model: PreTrainedModel) -> Anatomy:
+    """Find the parts of a model. Raises ValueError, saying what was found, when it is ambiguous."""
+    name, blocks = find_blocks(model)
     parent = model.get_submodule(name.rpartition(".")[0])
     norms = [child for child in parent.children() if "norm" in type(child).__name__.lower()]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no norm beside its blocks at '{name}'")
-    return Anatomy(lists[name], norms[-1], model.get_output_embeddings())
+    return Anatomy(blocks, norms[-1], model.get_output_embeddings())
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ from hashlib import file_digest
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -60,6 +62,25 @@ def locate(name: str) -> Location:
     if teacher.package is not None:
         return Location(teacher.hub, teacher.revision, remedy=_how_to_install(teacher.package))
     return Location(teacher.hub, teacher.revision)
+
+
+def weights_folder(location: Location | Path) -> Path:
+    """The folder that holds a model's config and weights; fetched from the hub where need be.
+
+    Only safetensors and JSON are fetched: no pickles, no code. Raises FileNotFoundError.
+    """
+    if isinstance(location, Path):
+        return location
+    if Path(location.path).is_dir():
+        return Path(location.path)
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        folder = snapshot_download(location.path, revision=location.revision, allow_patterns=wanted)
+    except (OSError, HfHubHTTPError) as error:
+        raise FileNotFoundError(
+            f"'{location.path}' could not be fetched; {location.remedy}. ({error})"
+        ) from error
+    return Path(folder)
 
 
 def open_model(location: Location | Path) -> PreTrainedModel:

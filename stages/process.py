@@ -58,8 +58,8 @@ def spin_briefly() -> None:
     """Let waiting threads sleep after some microseconds; to be called before torch is imported.
 
     libgomp's default spins for milliseconds. On an idle machine that gains 4 % in training; beside
-    one busy process it takes the core from the thread that is waited for, and costs a factor of 6
-    to 10. Never spinning (GOMP_SPINCOUNT=0) costs 30 % on an idle machine (benchmarks/overheads.py).
+    one busy process it takes the core from the thread that is waited for, and costs a factor of 3
+    to 10. Never spinning (GOMP_SPINCOUNT=0) costs 30 % on an idle machine: benchmarks/overheads.py.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

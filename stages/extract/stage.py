@@ -1,10 +1,9 @@
 """Extract (the seeds' SLI): keep what a teacher answers, so that it need not be there later.
 
-Steps, for the training rows in groups:
-  1. run the teacher once
-  2. keep the most likely next tokens, their log-probabilities, and the mass of all others
-  3. keep the state behind the first blocks: a student that shares them reads it from here
-  4. keep anchor blocks' outputs, only as whitened coordinates in their principal subspaces
+Steps, for all training rows, block by block (modeling/streaming.py):
+  1. keep the state behind the first blocks: a student that shares them reads it from here
+  2. keep anchor blocks' outputs, only as whitened coordinates in their principal subspaces
+  3. at the head, keep the most likely next tokens, their log-probabilities, and the others' mass
 
 reads    prepare   training rows
          profile   subspaces
@@ -14,6 +13,7 @@ writes   shards of targets (stages/formats/targets.py)
 from dataclasses import dataclass
 from pathlib import Path
 
+from modeling.memory import ENGINES
 from stages.contract import Job, Metrics, Stage
 from stages.params import require_at_least, require_within
 
@@ -27,6 +27,7 @@ class Params:
     anchor_depths: tuple[float, ...]
     batch_rows: int
     shard_rows: int
+    engine: str
     seed: int
 
     def __post_init__(self) -> None:
@@ -37,6 +38,8 @@ class Params:
         require_within(0.0, 0.9, prefix_depth=self.prefix_depth)
         for depth in self.anchor_depths:
             require_within(self.prefix_depth, 1.0, anchor_depths=depth)
+        if self.engine not in ENGINES:
+            raise ValueError(f"'engine' is '{self.engine}'; it must be {', '.join(ENGINES)}")
         if self.shard_rows % self.batch_rows:
             raise ValueError(
                 f"'shard_rows' ({self.shard_rows}) must be a multiple of 'batch_rows' "
@@ -44,54 +47,32 @@ class Params:
             )
 
 
-class Shards:
-    """How many shards are written: all there is to keep, for they lie in the output already."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    def save(self, folder: Path) -> None:
-        """Write the count."""
-        (folder / "shards.txt").write_text(str(self.done), encoding="utf-8")
-
-    def load(self, folder: Path) -> None:
-        """Read the count."""
-        self.done = int((folder / "shards.txt").read_text(encoding="utf-8"))
-
-
 def run(params: Params, job: Job) -> Metrics:
     """Run the teacher over the training rows; see the module's steps."""
     import torch
 
-    from modeling.blocks import dissect
-    from modeling.loading import locate, open_model
-    from stages.extract.answers import read_answers
+    from modeling.loading import locate
+    from modeling.teacher import open_teacher
+    from stages.extract.extraction import Extraction
+    from stages.extract.harvest import Wanted
     from stages.formats.importance import read_subspaces, share_of_depth
-    from stages.formats.targets import write_header, write_shard
+    from stages.formats.targets import write_header
     from stages.formats.tokens import read_all_rows
 
     rows = torch.from_numpy(read_all_rows(job.input("prepare"), "train", params.seed))
-    subspaces = read_subspaces(job.input("profile"))
-    model = open_model(locate(job.item))
-    blocks = len(dissect(model).blocks)
+    batch_tokens = params.batch_rows * rows.shape[1]
+    teacher = open_teacher(locate(job.item), params.engine, batch_tokens, rows.numel())
+    job.say(teacher.plan.sentence)
+    blocks = len(teacher.blocks)
     prefix = share_of_depth(params.prefix_depth, blocks)
     anchors = tuple(sorted({share_of_depth(d, blocks) - 1 for d in params.anchor_depths}))
-    check_fit(params, prefix, anchors, blocks, model.get_output_embeddings().weight.shape[0])
-    shards = rows.split(params.shard_rows)
-    state = job.resume(Shards())
-    for number in range(state.done, len(shards)):
-        parts = [
-            read_answers(model, batch, params.top_k, prefix, anchors, subspaces)
-            for batch in shards[number].split(params.batch_rows)
-        ]
-        tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        write_shard(job.output, number, tensors)
-        state.done = number + 1
-        tail = tensors["tail"].float().exp().mean().item()
-        job.step_done(state, state.done, len(shards), tail_mass=tail)
+    vocabulary = teacher.model.get_output_embeddings().weight.shape[0]
+    check_fit(params, prefix, anchors, blocks, vocabulary)
+    wanted = Wanted(params.top_k, prefix, anchors, read_subspaces(job.input("profile")))
+    Extraction(teacher, rows, wanted, params.batch_rows, params.shard_rows, job).run()
     fields = {"teacher": job.item, "prefix_blocks": prefix, "anchors": anchors}
     write_header(job.output, **fields, rows=len(rows), row_tokens=rows.shape[1])
-    size = sum(path.stat().st_size for path in job.output.glob("shard-*"))
+    size = sum(path.stat().st_size for path in job.output.glob("*.safetensors"))
     return {
         "tokens": rows.numel(),
         "bytes_per_token": round(size / rows.numel(), 1),
@@ -119,7 +100,7 @@ def mean_tail(folder: Path) -> float:
     from safetensors import safe_open
 
     tails = []
-    for path in sorted(folder.glob("shard-*.safetensors")):
+    for path in sorted(folder.glob("answers-*.safetensors")):
         with safe_open(path, "pt") as shard:
             tails.append(shard.get_tensor("tail").float().exp().flatten())
     return torch.cat(tails).mean().item()

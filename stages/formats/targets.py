@@ -1,19 +1,23 @@
 """Teacher targets: what `extract` keeps of a teacher's answers, in checksummed shards.
 
-    targets.json             what the shards hold (see Header) and the checksum of each
-    shard-00000.safetensors  R rows of T tokens:
-        tokens     (R, T)     int32     the input
-        ids        (R, T, K)  int32     the teacher's K most likely next tokens
+    targets.json                what the shards hold (see Header) and the checksum of each file
+    answers-00000.safetensors   R rows of T tokens:
+        tokens     (R, T)     the input
+        ids        (R, T, K)  the teacher's K most likely next tokens, the most likely first
         log_probs  (R, T, K)  float16   and their log-probabilities
         tail       (R, T)     float16   the log of all other tokens' mass
+    prefix-00000.safetensors
         prefix     (R, T, D)  bfloat16  the state behind the first `prefix_blocks` blocks
-        anchor.L   (R, T, S)  bfloat16  whitened coordinates of block L's output in its subspace
+    anchor-12-00000.safetensors
+        anchor.12  (R, T, S)  bfloat16  whitened coordinates of block 12's output in its subspace
 
-At K = 64, S = 64 with two anchors and D = 576 that is 1.8 kB a token, 1.2 kB of it the prefix. The
-top 64 alone hold about nine tenths of the mass on text, so the tail is not optional.
+Token ids are uint16 where the vocabulary allows, else int32. The top 64 alone hold about nine
+tenths of the mass on text, so the tail is not optional. Bytes a token at K = 64, S = 64 with two
+anchors and D = 576: answers 260, anchors 256, prefix 1,152.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +37,7 @@ class Header:
     """What a set of targets holds.
 
     teacher: registry name.  prefix_blocks: how many blocks `prefix` stands behind.
-    anchors: block indices.  rows: in all.  shards: file name -> SHA-256.
+    anchors: block indices.  rows: in all.  files: name -> SHA-256.
     """
 
     teacher: str
@@ -41,7 +45,7 @@ class Header:
     anchors: tuple[int, ...]
     rows: int
     row_tokens: int
-    shards: dict[str, str]
+    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -64,39 +68,59 @@ class Batch:
 
 
 def write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
-    """Write one shard, whole or not at all."""
-    path = folder / f"shard-{number:05d}.safetensors"
-    part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-    part.replace(path)
+    """Write what there is of one shard; each file whole or not at all."""
+    files: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        kind = name.replace(".", "-") if name.startswith(("prefix", "anchor")) else "answers"
+        files[kind][name] = tensor.contiguous()
+    for kind, members in files.items():
+        path = folder / f"{kind}-{number:05d}.safetensors"
+        part = path.with_suffix(".part")
+        save_file(members, part)
+        part.replace(path)
+
+
+def narrow(ids: Tensor, vocabulary: int) -> Tensor:
+    """Token ids in the smallest type that holds all of a vocabulary."""
+    return ids.to(torch.uint16 if vocabulary <= 1 << 16 else torch.int32)
 
 
 def write_header(folder: Path, **fields) -> None:
-    """Checksum all shards and write targets.json; `fields` are those of Header but `shards`."""
-    shards = {path.name: file_digest(path) for path in sorted(folder.glob("shard-*.safetensors"))}
-    header = Header(**fields, shards=shards)
+    """Checksum all files and write targets.json; `fields` are those of Header but `files`."""
+    files = {path.name: file_digest(path) for path in sorted(folder.glob("*-*.safetensors"))}
+    header = Header(**fields, files=files)
     (folder / HEADER).write_text(json.dumps(asdict(header), indent=1), encoding="utf-8")
 
 
 class TeacherTargets:
-    """Stored targets, checked against their checksums and held in memory for random access."""
+    """Stored targets, checked against their checksums; rows are read where they lie when asked for.
+
+    Files are mapped, not read, so a set of targets may be larger than memory.
+    """
 
     def __init__(self, folder: Path) -> None:
         fields = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         self.header = Header(**{**fields, "anchors": tuple(fields["anchors"])})
-        shards = []
-        for name, digest in self.header.shards.items():
+        self._shards: dict[str, dict[str, Tensor]] = defaultdict(dict)  # number -> tensors
+        for name, digest in self.header.files.items():
             if not (folder / name).is_file() or file_digest(folder / name) != digest:
                 raise Damaged(
                     f"{folder / name} is damaged or missing (its checksum is not {HEADER}'s); "
                     f"extract it again: ./run_pipeline.sh --reset extract, then --from extract"
                 )
-            shards.append(load_file(folder / name))
-        self._tensors = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+            self._shards[Path(name).stem[-5:]].update(load_file(folder / name))
+        sizes = [len(self._shards[number]["tokens"]) for number in sorted(self._shards)]
+        self._places = [(n, row) for n, size in enumerate(sizes) for row in range(size)]
+        self._ordered = [self._shards[number] for number in sorted(self._shards)]
 
     def rows(self, picks: Tensor) -> Batch:
         """Give the rows at `picks` (B,)."""
-        part = {key: tensor[picks] for key, tensor in self._tensors.items()}
+        places = [self._places[pick] for pick in picks.tolist()]
+        names = self._ordered[0]
+        part = {
+            name: torch.stack([self._ordered[shard][name][row] for shard, row in places])
+            for name in names
+        }
         return Batch(
             tokens=part["tokens"].long(),
             ids=part["ids"].long(),

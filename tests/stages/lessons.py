@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from modeling.blocks import dissect
-from stages.extract.answers import read_answers
+from modeling.streaming import Passage
+from modeling.weights import Resident
+from stages.extract.harvest import Wanted, harvest
 from stages.formats.importance import Subspaces
 from stages.formats.targets import TeacherTargets, write_header, write_shard
 from stages.profile.subspace import RunningCovariance
@@ -57,6 +59,19 @@ def subspaces_of(model, tokens: Tensor, rank: int = RANK) -> Subspaces:
 def answers(model, tokens: Tensor, subspaces: Subspaces) -> dict[str, Tensor]:
     """What `extract` keeps of some rows."""
     return read_answers(model, tokens, TOP_K, PREFIX, ANCHORS, subspaces)
+
+
+def read_answers(
+    model, tokens: Tensor, top_k: int, prefix: int, anchors: tuple[int, ...], subspaces: Subspaces
+) -> dict[str, Tensor]:
+    """What `extract` keeps of one batch, with parameters of one's own."""
+    blocks = dissect(model).blocks
+    inputs = {"input_ids": tokens, "use_cache": False}
+    passage = Passage(model, blocks, Resident(model), [inputs])
+    kept: dict[str, Tensor] = {}
+    for sheaf in harvest(passage, [tokens], Wanted(top_k, prefix, anchors, subspaces)):
+        kept.update(sheaf.tensors)
+    return kept
 
 
 def write_targets(folder: Path, model, tokens: Tensor, shard_rows: int = 4) -> TeacherTargets:

@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import modeling.losses
-import stages.extract.answers
-from stages.extract.answers import read_answers
-from stages.extract.stage import Params, Shards
+import modeling.answers
+from stages.extract.stage import Params
 from stages.formats.targets import TeacherTargets
 from stages.process import Stopped
 from tests.stages.lessons import (
@@ -20,6 +18,7 @@ from tests.stages.lessons import (
     TOP_K,
     answers,
     block_outputs,
+    read_answers,
     rows,
     subspaces_of,
     teacher,
@@ -51,7 +50,7 @@ def test_the_top_k_and_the_tail_are_those_of_a_whole_forward(dtype: torch.dtype)
     torch.testing.assert_close(found["log_probs"].double(), top, **close)
     if dtype == torch.float32:  # logits in bfloat16 are often equal, and then any order is right
         assert torch.equal(found["ids"].long(), ids)
-    assert (found["ids"].sort(-1).values.diff(dim=-1) > 0).all()  # none is there twice
+    assert (found["ids"].long().sort(-1).values.diff(dim=-1) > 0).all()  # none is there twice
     at_ids = expected.gather(-1, found["ids"].long())
     torch.testing.assert_close(found["log_probs"].double(), at_ids, **close)
     others = expected.scatter(-1, found["ids"].long(), -torch.inf).logsumexp(-1)
@@ -114,8 +113,8 @@ def test_the_size_of_a_chunk_of_logits_changes_nothing(monkeypatch: pytest.Monke
     model, tokens = teacher().float(), rows(3)
     subspaces = subspaces_of(model, tokens)
     whole = answers(model, tokens, subspaces)
-    assert modeling.losses.CHUNK_TOKENS > tokens.numel()
-    monkeypatch.setattr(stages.extract.answers, "CHUNK_TOKENS", 7)
+    assert modeling.answers.TOKENS > tokens.numel()
+    monkeypatch.setattr(modeling.answers, "TOKENS", 7)
     for key, tensor in answers(model, tokens, subspaces).items():
         torch.testing.assert_close(tensor, whole[key], atol=2e-3, rtol=2e-3)
 
@@ -132,7 +131,7 @@ def test_all_tokens_may_be_kept() -> None:
 
 GOOD = {
     "top_k": 8, "prefix_depth": 0.333, "anchor_depths": (0.667, 1.0), "batch_rows": 2,
-    "shard_rows": 4, "seed": 0,
+    "shard_rows": 4, "engine": "auto", "seed": 0,
 }  # fmt: skip
 
 
@@ -144,6 +143,7 @@ GOOD = {
         ({"anchor_depths": (1.1,)}, "'anchor_depths' is 1.1"),
         ({"prefix_depth": 1.0}, "'prefix_depth' is 1.0"),
         ({"top_k": 0}, "'top_k' is 0"),
+        ({"engine": "vllm"}, "'engine' is 'vllm'; it must be auto, resident"),
     ],
 )
 def test_contradictions_are_refused(changed: dict, message: str) -> None:
@@ -169,13 +169,28 @@ def test_the_stage_keeps_every_training_row_once(dag: TinyDag) -> None:
     assert metrics["top_k_mass"] == pytest.approx(1 - tail, abs=1e-4)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_an_interrupted_extraction_ends_with_the_same_bytes(dag: TinyDag, step: int) -> None:
+def test_streamed_from_disk_the_same_bytes_are_kept(dag: TinyDag) -> None:
+    dag.run("extract")
+    expected = dag.published("extract")
+    dag.set("extract", engine="streamed")
+    dag.run("extract")
+    assert dag.published("extract") == expected
+
+
+@pytest.mark.parametrize(
+    ("engine", "step", "steps"),
+    [*[("resident", step, 27) for step in (1, 8, 9, 10, 26, 27)],
+     *[("streamed", step, 25) for step in (1, 3, 4, 12, 24, 25)]],
+)  # fmt: skip
+def test_an_interrupted_extraction_ends_with_the_same_bytes(
+    dag: TinyDag, engine: str, step: int, steps: int
+) -> None:
+    dag.set("extract", engine=engine)
     dag.run("extract")
     expected = dag.published("extract")
     shutil.rmtree(dag.root / "scratch")
     shutil.rmtree(dag.root / "artifacts/extract")
-    with pytest.raises(Stopped, match=f"step {step} of 3"):
+    with pytest.raises(Stopped, match=f"step {step} of {steps}"):
         dag.run("extract", StopAt("main", step))
     assert dag.published("extract") == {}
     dag.run("extract")
@@ -204,11 +219,3 @@ def test_more_tokens_than_the_vocabulary_has_are_refused_by_name(dag: TinyDag) -
     dag.set("extract", top_k=98)
     with pytest.raises(ValueError, match="top_k.*97"):
         dag.run("extract")
-
-
-def test_the_count_of_shards_survives_a_checkpoint(tmp_path: Path) -> None:
-    shards, fresh = Shards(), Shards()
-    shards.done = 17
-    shards.save(tmp_path)
-    fresh.load(tmp_path)
-    assert fresh.done == 17

@@ -24,7 +24,9 @@ from tests.stages.lessons import (
 def test_targets_come_back_as_they_were_extracted(tmp_path: Path) -> None:
     model, tokens = teacher(), rows(10)
     targets = write_targets(tmp_path, model, tokens, shard_rows=4)
-    assert sorted(targets.header.shards) == [f"shard-0000{n}.safetensors" for n in range(3)]
+    kinds = ["anchor-3", "anchor-5", "answers", "prefix"]
+    expected_files = [f"{kind}-0000{n}.safetensors" for kind in kinds for n in range(3)]
+    assert sorted(targets.header.files) == expected_files
     assert (targets.header.rows, targets.header.prefix_blocks) == (10, PREFIX)
     subspaces = subspaces_of(model, tokens)
     expected = [answers(model, part, subspaces) for part in tokens.split(4)]
@@ -40,13 +42,14 @@ def test_targets_come_back_as_they_were_extracted(tmp_path: Path) -> None:
         assert torch.equal(batch.anchors[block], whole[f"anchor.{block}"][picks].float())
 
 
+@pytest.mark.parametrize("kind", ["answers", "anchor-3", "prefix"])
 @pytest.mark.parametrize("shard", [0, 1, 2])
 @pytest.mark.parametrize("place", [0, 0.5, -1])
 def test_one_flipped_byte_is_refused_naming_the_file_and_what_to_do(
-    tmp_path: Path, shard: int, place: float
+    tmp_path: Path, kind: str, shard: int, place: float
 ) -> None:
     write_targets(tmp_path, teacher(), rows(10), shard_rows=4)
-    path = tmp_path / f"shard-0000{shard}.safetensors"
+    path = tmp_path / f"{kind}-0000{shard}.safetensors"
     content = bytearray(path.read_bytes())
     content[-1 if place < 0 else int(place * len(content))] ^= 0x40
     path.write_bytes(content)
@@ -56,8 +59,8 @@ def test_one_flipped_byte_is_refused_naming_the_file_and_what_to_do(
 
 def test_a_missing_shard_is_refused_naming_the_file_and_what_to_do(tmp_path: Path) -> None:
     write_targets(tmp_path, teacher(), rows(10), shard_rows=4)
-    (tmp_path / "shard-00001.safetensors").unlink()
-    with pytest.raises(Damaged, match="shard-00001.safetensors.*--reset extract"):
+    (tmp_path / "answers-00001.safetensors").unlink()
+    with pytest.raises(Damaged, match="answers-00001.safetensors.*--reset extract"):
         TeacherTargets(tmp_path)
 
 

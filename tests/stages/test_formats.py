@@ -215,11 +215,11 @@ def test_every_position_but_the_last_has_the_next_token_as_its_label(tmp_path: P
 
 def test_a_damaged_shard_is_refused_by_name(tmp_path: Path) -> None:
     write_targets(tmp_path)
-    path = tmp_path / "shard-00001.safetensors"
+    path = tmp_path / "answers-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(Damaged, match="shard-00001.safetensors is damaged.*--reset extract"):
+    with pytest.raises(Damaged, match="answers-00001.safetensors is damaged.*--reset extract"):
         TeacherTargets(tmp_path)
 
 

@@ -1,0 +1,130 @@
+"""A model's most likely next tokens and the mass of all others, from logits that come in pieces.
+
+The vocabulary is taken a piece at a time, so that neither the whole output head nor the logits of a
+whole batch need be in memory, and each piece of logits is looked at while it is in the cache.
+
+Letters: N tokens, V vocabulary of a piece, K tokens kept.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from modeling.losses import TINY, SparseTargets
+from modeling.streaming import Passage, linear_head
+
+TOKENS = 512  # positions whose logits are computed at a time
+ROWS = 32  # of logits looked at in one go: 6 MB at V = 49,152
+GROUP = 64  # neighbouring tokens that share one maximum
+
+
+@dataclass
+class Answers:
+    """The K highest logits of N positions, over the pieces of vocabulary seen so far.
+
+    ids (N, K) int64; top (N, K) float32 logits, highest first; rest (N,) float32, the log of the
+    summed exponentials of all others.
+    """
+
+    ids: Tensor
+    top: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int, first_id: int = 0) -> "Answers":
+        """From logits (N, V) of the tokens `first_id` and following."""
+        parts = [_look(part, k) for part in logits.split(ROWS)]
+        ids, top, rest = (torch.cat(column) for column in zip(*parts, strict=True))
+        return cls(ids + first_id, top, rest)
+
+    @classmethod
+    def together(cls, parts: list["Answers"]) -> "Answers":
+        """Of all positions, from those of some."""
+        columns = zip(*((part.ids, part.top, part.rest) for part in parts), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
+
+    def join(self, other: "Answers") -> "Answers":
+        """Take in another piece of the vocabulary."""
+        k = max(self.top.shape[-1], other.top.shape[-1])
+        both = torch.cat([self.top, other.top], -1)
+        top, order = both.sort(dim=-1, descending=True, stable=True)
+        ids = torch.cat([self.ids, other.ids], -1).gather(-1, order)
+        rest = torch.stack([self.rest, other.rest, top[:, k:].logsumexp(-1)]).logsumexp(0)
+        return Answers(ids[:, :k], top[:, :k], rest)
+
+    def targets(self) -> SparseTargets:
+        """As probabilities: log-probabilities of the K, and the mass outside them."""
+        log_z = torch.logaddexp(self.top.logsumexp(-1), self.rest)
+        tail = (self.rest - log_z).exp().clamp_min(TINY)  # not 1 - sum: that cancels
+        return SparseTargets(self.ids, self.top - log_z[:, None], tail)
+
+
+@torch.no_grad()
+def read_answers(passage: Passage, k: int) -> Iterator[Answers]:
+    """Give each batch's answers, when a passage has run up to the head; positions flattened.
+
+    The head is brought once, by pieces of vocabulary, and all batches meet each piece.
+    """
+    if linear_head(passage.model) is None:
+        yield from (Answers.of(f.output.logits.flatten(0, 1), k) for f in passage.forwards)
+        return
+    finish, by_pieces = _after_head(passage)
+    if not by_pieces:
+        pieces = list(passage.weights.head())
+        whole = torch.cat([weight for _, weight, _ in pieces])
+        bias = None if pieces[0][2] is None else torch.cat([piece[2] for piece in pieces])
+        pieces = [(0, whole, bias)]
+    found: list[Answers | None] = [None] * len(passage.forwards)
+    for first, weight, bias in pieces if not by_pieces else passage.weights.head():
+        for number, forward in enumerate(passage.forwards):
+            states = forward.normed.flatten(0, -2).split(TOKENS)
+            parts = [Answers.of(finish(linear(x, weight, bias)), k, first) for x in states]
+            here = Answers.together(parts)
+            found[number] = here if found[number] is None else found[number].join(here)
+    yield from found
+
+
+def _after_head(passage: Passage) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """What the model does to logits, and whether that can be done to pieces of the vocabulary."""
+    head = linear_head(passage.model).weight
+    finish = passage.after_head()
+    probe = torch.linspace(-90, 90, head.shape[0], device=head.device, dtype=head.dtype)[None]
+    done = finish(probe)
+    if torch.equal(done, probe):
+        return lambda logits: logits, True
+    half = head.shape[0] // 2
+    try:
+        halves = torch.cat([finish(probe[:, :half]), finish(probe[:, half:])], -1)
+    except (RuntimeError, IndexError):  # it names tokens
+        return finish, False
+    return finish, torch.equal(halves, done)
+
+
+def _look(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, logits of the top k, and the log of the others' summed exponentials: (n, V) each row."""
+    ids = _top_ids(logits, min(k, logits.shape[-1]))
+    top, order = logits.gather(-1, ids).float().sort(dim=-1, descending=True, stable=True)
+    highest = top[:, :1]
+    powers = logits.float().sub_(highest).exp_().scatter_(-1, ids, 0.0)
+    return ids.gather(-1, order), top, powers.sum(-1).log() + highest[:, 0]
+
+
+def _top_ids(logits: Tensor, k: int) -> Tensor:
+    """Where the k highest of each row are, (n, V) -> (n, k), in no order.
+
+    They lie in the k groups with the highest maxima, so only those are searched.
+    """
+    rows, width = logits.shape
+    groups = width // GROUP
+    if groups <= 2 * k:
+        return logits.topk(k, -1, sorted=False).indices
+    whole = logits[:, : groups * GROUP].view(rows, groups, GROUP)
+    best = whole.amax(-1).topk(k, -1, sorted=False).indices  # (n, k) groups
+    found = best[:, :, None] * GROUP + torch.arange(GROUP, device=logits.device)
+    left_over = torch.arange(groups * GROUP, width, device=logits.device).expand(rows, -1)
+    candidates = torch.cat([found.flatten(1), left_over], -1)
+    picked = logits.gather(-1, candidates).topk(k, -1, sorted=False).indices
+    return candidates.gather(-1, picked)

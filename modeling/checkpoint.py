@@ -1,0 +1,109 @@
+"""What a checkpoint holds: the place, type and shape of every tensor, from the headers alone.
+
+    https://huggingface.co/docs/safetensors: 8 bytes with the header's length, the header in JSON
+    (name -> dtype, shape, data_offsets), then the data. A checkpoint is one such file or several.
+
+Nothing else is opened as weights: a pickle can run any code, so it is refused.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+MAX_HEADER_BYTES = 100_000_000  # what the safetensors library allows
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "BOOL": torch.bool, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+
+
+class BadCheckpoint(ValueError):
+    """A checkpoint that cannot be read as it is; the message says which file and why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor lies."""
+
+    file: Path
+    offset: int  # bytes from the start of the file
+    size: int  # bytes
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors files."""
+
+    folder: Path
+    tensors: dict[str, Place]  # by the name that the checkpoint gives it
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(place.size for place in self.tensors.values())
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of all weight files in a folder.
+
+    Raises BadCheckpoint for a folder without safetensors, a missing or damaged file, or a tensor
+    type that torch does not have.
+    """
+    tensors: dict[str, Place] = {}
+    for file in _weight_files(folder):
+        tensors.update(_read_header(file))
+    return Checkpoint(folder, tensors)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [folder / name for name in sorted(set(names))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise BadCheckpoint(
+                f"{folder} lacks {', '.join(missing)}, which its index names; fetch it again"
+            )
+        return files
+    if pickles := sorted(path.name for path in folder.glob("*.bin")):
+        raise BadCheckpoint(
+            f"{folder} has only pickled weights ({pickles[0]}), which can run any code and are "
+            "never opened; convert them to safetensors on a machine where that does not matter"
+        )
+    raise BadCheckpoint(f"{folder} has no model.safetensors and no index of several")
+
+
+def _read_header(file: Path) -> dict[str, Place]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise _damaged(file, f"its header would be {length} bytes of {size}")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise _damaged(file, "its header is not JSON") from error
+    header.pop("__metadata__", None)
+    places = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise BadCheckpoint(f"{file}: tensor '{name}' is {entry['dtype']}, unknown to torch")
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        if end > size:
+            raise _damaged(file, f"tensor '{name}' would end at byte {end} of {size}")
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        places[name] = Place(file, begin, end - begin, dtype, shape)
+    return places
+
+
+def _damaged(file: Path, why: str) -> BadCheckpoint:
+    return BadCheckpoint(f"{file} is damaged or cut short: {why}; fetch it again")

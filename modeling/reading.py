@@ -1,0 +1,142 @@
+"""Read a checkpoint's tensors by parts, the next part while the present one is in use.
+
+A thread of its own reads with plain preadv into two page-aligned buffers that are used in turn:
+page-aligned, so that O_DIRECT works, and reused, so that no memory is faulted in twice. Tensors
+that lie side by side in a file are read in one go, and handed out as views: nothing is copied.
+
+A checkpoint larger than the free memory goes past the page cache (O_DIRECT where the file system
+has it, else pages are dropped after use), so that it pushes nothing else out.
+"""
+
+import mmap
+import os
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modeling.checkpoint import BadCheckpoint, Place
+
+PAGE = 4096
+GAP_BYTES = 1 << 16  # tensors closer than this are read in one go
+PIECE_BYTES = 8 << 20  # one system call reads at most this
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring tensors of one file: bytes `begin` to `end`, both on page boundaries."""
+
+    file: Path
+    begin: int
+    end: int
+    at: int  # where it goes in the buffer
+
+
+def plan_spans(places: Iterable[Place]) -> list[Span]:
+    """Merge tensors into as few reads as there are gaps between them."""
+    merged: list[list] = []
+    for place in sorted(places, key=lambda place: (place.file, place.offset)):
+        begin = place.offset // PAGE * PAGE
+        end = -(-(place.offset + place.size) // PAGE) * PAGE
+        if merged and merged[-1][0] == place.file and begin - merged[-1][2] <= GAP_BYTES:
+            merged[-1][2] = max(merged[-1][2], end)
+        else:
+            merged.append([place.file, begin, end])
+    spans, at = [], 0
+    for file, begin, end in merged:
+        spans.append(Span(file, begin, end, at))
+        at += end - begin
+    return spans
+
+
+class Reader:
+    """Gives parts of a checkpoint as tensors; at most two parts are in memory.
+
+    `bytes_read` counts what came from files. Use as a context manager.
+    """
+
+    def __init__(self, parts: dict[int, dict[str, Place]], past_cache: bool) -> None:
+        self.parts = parts
+        self.past_cache = past_cache
+        self.bytes_read = 0
+        self._spans = {part: plan_spans(places.values()) for part, places in parts.items()}
+        size = max(sum(s.end - s.begin for s in spans) for spans in self._spans.values())
+        self._free = [mmap.mmap(-1, max(size, PAGE)) for _ in range(2)]
+        self._used: dict[int, mmap.mmap] = {}
+        self._pool = ThreadPoolExecutor(1, "reader")
+        self._coming: dict[int, Future] = {}
+        self._files: dict[Path, tuple[int, bool]] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the thread and close the files."""
+        self._pool.shutdown(cancel_futures=True)
+        for descriptor, _ in self._files.values():
+            os.close(descriptor)
+
+    def ahead(self, part: int) -> None:
+        """Begin to read a part, where a buffer is free for it."""
+        if part in self.parts and part not in self._used and self._free:
+            self._used[part] = self._free.pop()
+            self._coming[part] = self._pool.submit(self._read, part, self._used[part])
+
+    def get(self, part: int) -> dict[str, Tensor]:
+        """The tensors of a part, by name; valid until `release`."""
+        self.ahead(part)
+        self._coming[part].result()
+        return {name: self._view(part, place) for name, place in self.parts[part].items()}
+
+    def release(self, part: int) -> None:
+        """Give the part's buffer back; nothing may use its tensors from here on."""
+        del self._coming[part]
+        self._free.append(self._used.pop(part))
+
+    def _view(self, part: int, place: Place) -> Tensor:
+        span = next(
+            span
+            for span in self._spans[part]
+            if span.file == place.file and span.begin <= place.offset < max(span.end, 1)
+        )
+        at = span.at + place.offset - span.begin
+        if not place.size:
+            return torch.empty(place.shape, dtype=place.dtype)
+        raw = torch.frombuffer(self._used[part], dtype=torch.uint8, count=place.size, offset=at)
+        if raw.data_ptr() % place.dtype.itemsize:
+            raw = raw.clone()
+        return raw.view(place.dtype).view(place.shape)
+
+    def _read(self, part: int, buffer: mmap.mmap) -> None:
+        view = memoryview(buffer)
+        for span in self._spans[part]:
+            descriptor, direct = self._open(span.file)
+            size = os.fstat(descriptor).st_size
+            for begin in range(span.begin, span.end, PIECE_BYTES):
+                end = min(begin + PIECE_BYTES, span.end)
+                at = span.at + begin - span.begin
+                got = os.preadv(descriptor, [view[at : at + end - begin]], begin)
+                if got < min(end, size) - begin:
+                    raise BadCheckpoint(f"{span.file} ends at byte {begin + got}; fetch it again")
+                self.bytes_read += got
+            if self.past_cache and not direct:
+                length = span.end - span.begin
+                os.posix_fadvise(descriptor, span.begin, length, os.POSIX_FADV_DONTNEED)
+
+    def _open(self, file: Path) -> tuple[int, bool]:
+        if file not in self._files:
+            direct = self.past_cache
+            try:
+                descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+            except OSError:  # a file system without O_DIRECT
+                descriptor, direct = os.open(file, os.O_RDONLY), False
+            self._files[file] = (descriptor, direct)
+        return self._files[file]

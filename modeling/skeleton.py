@@ -1,0 +1,179 @@
+"""A model with no weights in it, and its weights, a block at a time.
+
+The skeleton is made by from_pretrained itself, so renamed tensors, fused experts, tied weights,
+computed buffers and quantised layers are as they always are; only that every tensor it is given
+stands for a place on disk and holds nothing. Later a block's tensors are put in through the same
+conversion, and taken out again.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from modeling.blocks import find_units
+from modeling.checkpoint import BadCheckpoint, Checkpoint, Place
+
+OUTSIDE = -1  # the index of the part that is no block: embedding, norm, head and what is shared
+
+
+class CannotStream(ValueError):
+    """A model that must be loaded whole; the message says why."""
+
+
+class Unread:
+    """Stands for a tensor on disk while the skeleton is built; moving it moves nothing."""
+
+    def __init__(self, place: Place) -> None:
+        self._tensor = torch.empty(place.shape, dtype=place.dtype, device="meta")
+        self.dtype, self.shape = place.dtype, self._tensor.shape
+
+    def __getitem__(self, _key: object) -> "Unread":
+        return self
+
+    def get_shape(self) -> list[int]:
+        """The shape, as safetensors' slices give it."""
+        return list(self.shape)
+
+    def to(self, device: object = None, dtype: torch.dtype | None = None) -> Tensor:
+        """An empty tensor of that type, on no device at all."""
+        del device
+        return self._tensor.to(dtype=dtype or self.dtype)
+
+
+@dataclass
+class Skeleton:
+    """A model whose parameters hold nothing until `fill` is called for their part.
+
+    parts: block index (or OUTSIDE) -> names of the checkpoint's tensors.
+    """
+
+    model: PreTrainedModel
+    blocks: list[nn.Module]
+    parts: dict[int, list[str]]
+
+    def __post_init__(self) -> None:
+        self._loading = LoadStateDictConfig(
+            dtype=self.model.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.model.dtype),
+            hf_quantizer=getattr(self.model, "hf_quantizer", None),
+            weight_mapping=_conversions(self.model),
+        )
+        self._empty = {
+            index: [
+                (module, name, parameter)
+                for module in block.modules()
+                for name, parameter in module._parameters.items()
+                if parameter is not None and parameter.is_meta
+            ]
+            for index, block in enumerate(self.blocks)
+        }
+        places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    places[id(parameter)].append((module, name))
+        self._tied = [group for group in places.values() if len(group) > 1]
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Put tensors in, by the names that the checkpoint gives them."""
+        convert_and_load_state_dict_in_model(self.model, tensors, self._loading)
+        for places in self._tied:
+            held = (module._parameters[name] for module, name in places)
+            filled = next((tensor for tensor in held if not tensor.is_meta), None)
+            if filled is not None:
+                for module, name in places:
+                    module._parameters[name] = filled
+
+    def empty(self, index: int) -> None:
+        """Take a block's tensors out again."""
+        for module, name, parameter in self._empty[index]:
+            module._parameters[name] = parameter
+
+
+def build_skeleton(
+    opener: type, config: object, checkpoint: Checkpoint, dtype: torch.dtype
+) -> Skeleton:
+    """Build a model of a class (or Auto class) whose tensors stay on disk.
+
+    Raises BadCheckpoint when tensors are missing or have another shape than the model's.
+    """
+    state = {name: Unread(place) for name, place in checkpoint.tensors.items()}
+    try:
+        model, info = opener.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    except NotImplementedError as error:  # "cannot copy out of meta tensor"
+        raise CannotStream(
+            f"a {config.model_type} cannot be streamed: transformers changes some of its tensors "
+            "by their values while it loads them; it has to fit into memory"
+        ) from error
+    _refuse_gaps(model, info, checkpoint)
+    model.eval().requires_grad_(False)
+    return Skeleton(model, find_units(model), _parts(model, checkpoint.tensors))
+
+
+def _refuse_gaps(model: PreTrainedModel, info: dict, checkpoint: Checkpoint) -> None:
+    if missing := sorted(info["missing_keys"]):
+        raise BadCheckpoint(
+            f"{checkpoint.folder} lacks {len(missing)} tensors that {type(model).__name__} needs, "
+            f"'{missing[0]}' among them; the configuration is of another model, or a file is gone"
+        )
+    if wrong := sorted(info["mismatched_keys"]):
+        name, found, wanted = wrong[0]
+        raise BadCheckpoint(
+            f"{checkpoint.folder}: '{name}' is {tuple(found)}, the configuration says "
+            f"{tuple(wanted)}; one of the two is of another model"
+        )
+
+
+def _conversions(model: PreTrainedModel) -> list:
+    return get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
+
+
+def _parts(model: PreTrainedModel, names: Iterable[str]) -> dict[int, list[str]]:
+    """Sort the checkpoint's tensors by block; one that several blocks share is OUTSIDE."""
+    owners = _owners(model)
+    conversions = _conversions(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+    parts: dict[int, list[str]] = defaultdict(list)
+    for name in names:
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if target not in known and name in known:
+            target = name
+        if target in known:  # else the model has no use for it
+            parts[owners.get(target, OUTSIDE)].append(name)
+    return dict(parts)
+
+
+def _owners(model: PreTrainedModel) -> dict[str, int]:
+    """Parameter or buffer name -> the one block that uses it; others are not in it."""
+    inside: dict[int, set[int]] = defaultdict(set)  # module -> blocks
+    for index, block in enumerate(find_units(model)):
+        for module in block.modules():
+            inside[id(module)].add(index)
+    users: dict[int, set[int]] = defaultdict(set)  # tensor -> blocks
+    ids: dict[str, int] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                ids[f"{prefix}.{name}" if prefix else name] = id(tensor)
+                users[id(tensor)] |= inside.get(id(module), {OUTSIDE})
+    return {
+        name: next(iter(users[key]))
+        for name, key in ids.items()
+        if len(users[key]) == 1 and OUTSIDE not in users[key]
+    }

@@ -1,0 +1,220 @@
+"""Layer streaming (the seeds' SLI): a data set goes through a model, one block of it in memory.
+
+Layer-wise offloaded inference with the loops turned round. AirLLM and accelerate read all weights
+for every batch; here every batch is taken through block 0, then every batch through block 1, so the
+weights are read once whatever the size of the data set:
+
+    for each block:                       # read from disk while the block before it computes
+        for each batch:
+            run the batch's own forward on, up to the next block
+
+A batch's forward is the model's own code, suspended at every block boundary (greenlets). So masks,
+rotary embeddings, sliding windows, states that travel beside the hidden state and whatever else a
+forward does between its blocks are the model's own, for any architecture. A model whose forward
+visits its blocks more than once, or in another order, is followed there: that only costs reads.
+
+Letters: B rows, T tokens a row, D hidden width, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import (
+    Callable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    Sequence,
+)
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+SHARED = (MutableMapping, MutableSequence)  # what blocks could leave for each other
+HEAD, BEHIND = -2, -3  # where a forward stands: before the output head, right behind a block
+
+
+class Weights(Protocol):
+    """Brings a model's weights, a part at a time."""
+
+    def enter(self, part: int) -> None:
+        """Put a block's weights in their places."""
+
+    def leave(self, part: int) -> None:
+        """Take them out again."""
+
+    def head(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Give the output head by pieces of vocabulary: first token, weight (V', D), bias (V',)."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One batch has come out of one block; block -1 stands for the embedding."""
+
+    block: int
+    batch: int
+    hidden: Tensor  # (B, T, D)
+
+
+class Forward(greenlet):
+    """One batch's forward, which stops before and behind each block that it comes to.
+
+    at: the block it stands before, BEHIND one, at the HEAD, or None at its end.  hidden: what the
+    last block gave.
+    normed: what the head gets, when it stands there.  output: the model's, at its end.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        super().__init__(lambda: model(**inputs))
+        self.inputs = inputs
+        self.at: int | None = None
+        self.done = -1  # the last block that is behind it
+        self.skip = -1  # the last block that is not to be run
+        self.hidden: Tensor | None = None
+        self.normed: Tensor | None = None
+        self.output: Any = None
+        self.plain = True  # each block gets the very tensor that the one before gave
+        self.width = 0  # of the tuple that blocks return; 0 for a bare tensor
+
+    def advance(self, *given: Tensor) -> None:
+        """Run on to the next stop, or to the end."""
+        value = self.switch(*given)
+        self.at, self.output = (None, value) if self.dead else (value, None)
+
+    def restore(self, done: int, hidden: Tensor | None, width: int) -> None:
+        """Before the first advance: run no block up to `done`, whose output is `hidden`."""
+        self.done = self.skip = done
+        self.hidden, self.width = hidden, width
+
+    def finish(self, logits: Tensor) -> Any:
+        """Run on from the head, which gave these logits, to the end; gives the model's output."""
+        self.advance(logits)
+        return self.output
+
+    def through_block(self, index: int, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """Stand in for a block's forward."""
+        given = args[0] if args else kwargs.get("hidden_states")
+        if index <= self.skip:
+            if index == self.skip and self.hidden is not None:
+                given = self.hidden
+            return (given, *[None] * (self.width - 1)) if self.width else given
+        self.skip = -1
+        if index:
+            self.plain &= given is self.hidden
+        else:
+            self.hidden = given
+        self.plain &= not any(isinstance(value, SHARED) for value in kwargs.values())
+        self.parent.switch(index)
+        output = original(*args, **kwargs)
+        self.width = len(output) if isinstance(output, (tuple, list)) else 0
+        self.plain &= index == self.done + 1 and type(output) in (tuple, Tensor)
+        self.plain &= all(value is None for value in output[1:]) if self.width else True
+        self.hidden = output[0] if self.width else output
+        self.done = index
+        self.parent.switch(BEHIND)
+        return output
+
+    def at_head(self, normed: Tensor) -> Tensor:
+        """Stand in for the output head: keep what it was given, and wait."""
+        self.normed = normed
+        return self.parent.switch(HEAD)
+
+
+class Passage:
+    """A data set on its way through a model."""
+
+    def __init__(
+        self, model: PreTrainedModel, blocks: Sequence[nn.Module], weights: Weights,
+        batches: Sequence[Mapping[str, Any]],
+    ) -> None:  # fmt: skip
+        """batches: keyword arguments of the model's forward, one mapping a batch."""
+        self.model = model
+        self.blocks = blocks
+        self.weights = weights
+        self.forwards = [Forward(model, inputs) for inputs in batches]
+
+    @torch.no_grad()
+    def run(self) -> Iterator[Arrival]:
+        """Take all batches up to the head, telling of each block and batch as it is done.
+
+        Afterwards each forward has `normed`, or `output` where there is no linear head.
+        """
+        with _stubs(self.blocks, linear_head(self.model)):
+            for number, forward in enumerate(self.forwards):
+                forward.advance()
+                if forward.at == 0:
+                    yield Arrival(-1, number, forward.hidden)
+            while waiting := {f.at for f in self.forwards} - {None, HEAD}:
+                block = min(waiting)
+                self.weights.enter(block)
+                for number, forward in enumerate(self.forwards):
+                    if forward.at == block:
+                        forward.advance()
+                        yield Arrival(block, number, forward.hidden)
+                        forward.advance()
+                self.weights.leave(block)
+
+    def after_head(self) -> Callable[[Tensor], Tensor]:
+        """What the model does to the head's logits (caps, scales): (n, V') -> (n, V').
+
+        It is the model's own code, run on one token with no block and given the logits.
+        """
+        whole = self.forwards[0].inputs
+        inputs = {**whole, "input_ids": whole["input_ids"][:1, :1]}
+        blocks, width = len(self.blocks), self.forwards[0].width
+
+        def finish(logits: Tensor) -> Tensor:
+            with _stubs(self.blocks, linear_head(self.model)):
+                forward = Forward(self.model, inputs)
+                forward.restore(blocks - 1, None, width)
+                forward.advance()
+                return forward.finish(logits[None]).logits[0]
+
+        return finish
+
+    @property
+    def can_restore(self) -> bool:
+        """Whether a batch's place in the model is told by its hidden state alone."""
+        return all(forward.plain for forward in self.forwards)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Where each batch is, to be given to `restore`; empty when that cannot be told."""
+        if not self.can_restore:
+            return {}
+        done = [forward.done for forward in self.forwards]
+        states = {f"hidden.{n}": forward.hidden for n, forward in enumerate(self.forwards)}
+        return {"done": torch.tensor(done), "width": torch.tensor(self.forwards[0].width), **states}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Go on from a snapshot; to be called before `run`."""
+        for number, forward in enumerate(self.forwards):
+            done, width = int(snapshot["done"][number]), int(snapshot["width"])
+            forward.restore(done, snapshot[f"hidden.{number}"], width)
+
+
+def linear_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The output head where it is a plain linear layer, else None."""
+    head = model.get_output_embeddings()
+    return head if type(head) is nn.Linear else None
+
+
+@contextlib.contextmanager
+def _stubs(blocks: Sequence[nn.Module], head: nn.Module | None) -> Iterator[None]:
+    """Put stubs in the place of the forwards of blocks and head, and take them away again."""
+
+    def stand_in(index: int, original: Callable) -> Callable:
+        return lambda *args, **kwargs: getcurrent().through_block(index, original, args, kwargs)
+
+    stubbed = [*blocks, head] if head is not None else list(blocks)
+    for index, block in enumerate(blocks):
+        block.forward = stand_in(index, block.forward)
+    if head is not None:
+        head.forward = lambda normed: getcurrent().at_head(normed)
+    try:
+        yield
+    finally:
+        for module in stubbed:
+            del module.forward

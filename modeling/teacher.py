@@ -1,0 +1,76 @@
+"""Open a teacher of any size, and take batches through it.
+
+The engine is chosen by real bytes (memory.py): all weights in memory, or streamed from disk a block
+at a time (streaming.py). Both run the model's own code on the same batches, so the choice changes
+no result.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+
+from modeling.blocks import find_units
+from modeling.checkpoint import read_checkpoint
+from modeling.loading import Location, open_model, weights_folder
+from modeling.memory import RESIDENT, Need, Plan, choose_engine, free_bytes, need_of
+from modeling.skeleton import OUTSIDE, build_skeleton
+from modeling.streaming import Passage, Weights
+from modeling.weights import Resident, Streamed
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model that is ready to run, however its weights are held."""
+
+    model: PreTrainedModel
+    blocks: Sequence[nn.Module]
+    weights: Weights
+    plan: Plan
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether weights come from disk, so that all batches should go through together."""
+        return self.plan.engine != RESIDENT
+
+    def passage(self, batches: Sequence[Tensor]) -> Passage:
+        """Prepare batches of token ids (B, T) for their way through the model."""
+        inputs: list[Mapping[str, Any]] = [{"input_ids": b, "use_cache": False} for b in batches]
+        return Passage(self.model, self.blocks, self.weights, inputs)
+
+
+def open_teacher(location: Location | Path, engine: str, batch_tokens: int, tokens: int) -> Teacher:
+    """Open a causal language model in bfloat16 with the engine that fits, or the one asked for.
+
+    batch_tokens: tokens of one batch.  tokens: of all data, in flight at once when streamed.
+    Raises WillNotFit, BadCheckpoint, ValueError for a model that is no causal language model, and
+    FileNotFoundError when it is not there.
+    """
+    folder = weights_folder(location)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ValueError(f"{folder} holds a {config.model_type}, which is no causal language model")
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    checkpoint = read_checkpoint(folder)
+    skeleton = build_skeleton(kind, config, checkpoint, torch.bfloat16)
+    text = config.get_text_config()
+    blocks = [names for part, names in skeleton.parts.items() if part != OUTSIDE]
+    need = need_of(
+        checkpoint, blocks, torch.bfloat16, batch_tokens, tokens, text.hidden_size, text.vocab_size
+    )
+    plan = choose_engine(need, engine, free_bytes())
+    if plan.engine == RESIDENT:
+        model = open_model(folder)
+        return Teacher(model, find_units(model), Resident(model), plan)
+    streamed = Streamed(skeleton, checkpoint, past_cache=_is_large(need))
+    return Teacher(skeleton.model, skeleton.blocks, streamed, plan)
+
+
+def _is_large(need: Need) -> bool:
+    """Whether the weights would push everything else out of the page cache."""
+    return need.weights > free_bytes() // 2

@@ -1,0 +1,106 @@
+"""Take all rows through a teacher and write what is kept, so that a kill costs little.
+
+Rows lie in shards; shards go through the teacher in groups: one by one when the weights are in
+memory, all at once when they are streamed, so that the weights are read once. A step is one shard
+through one block. What a shard leaves at a block is written at once; a checkpoint holds the states
+of the group that is under way.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modeling.streaming import Passage
+from modeling.teacher import Teacher
+from stages.contract import Job
+from stages.extract.harvest import Wanted, harvest
+from stages.formats.targets import write_shard
+
+
+class Progress:
+    """How many groups are done, and where the batches of the present one are."""
+
+    def __init__(self) -> None:
+        self.groups = 0
+        self.step = 0
+        self.passage: Passage | None = None  # what is under way
+        self.snapshot: dict[str, Tensor] = {}  # where an interrupted one was
+
+    def save(self, folder: Path) -> None:
+        """Write progress.json and passage.safetensors."""
+        snapshot = self.passage.snapshot() if self.passage else {}
+        save_file(
+            {name: t.contiguous() for name, t in snapshot.items()}, folder / "passage.safetensors"
+        )
+        counts = {"groups": self.groups, "step": self.step}
+        (folder / "progress.json").write_text(json.dumps(counts), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        self.snapshot = load_file(folder / "passage.safetensors")
+        counts = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        self.groups, self.step = counts["groups"], counts["step"]
+
+
+class Extraction:
+    """All rows of one teacher, in shards."""
+
+    def __init__(
+        self, teacher: Teacher, rows: Tensor, wanted: Wanted, batch_rows: int, shard_rows: int,
+        job: Job,
+    ) -> None:  # fmt: skip
+        self.teacher = teacher
+        self.shards = rows.split(shard_rows)
+        self.wanted = wanted
+        self.batch_rows = batch_rows
+        self.job = job
+        together = len(self.shards) if teacher.is_streamed else 1
+        numbers = range(len(self.shards))
+        self.groups = [numbers[n : n + together] for n in numbers[::together]]
+        self.steps = len(self.shards) * len(teacher.blocks) + len(self.groups)
+
+    def run(self) -> None:
+        """Extract what is not extracted yet."""
+        progress = self.job.resume(Progress())
+        for numbers in self.groups[progress.groups :]:
+            self._take(numbers, progress)
+
+    def _take(self, numbers: range, progress: Progress) -> None:
+        """Take one group of shards through the teacher."""
+        batches = [b for number in numbers for b in self.shards[number].split(self.batch_rows)]
+        home = [n for n in numbers for _ in self.shards[n].split(self.batch_rows)]
+        progress.passage = self.teacher.passage(batches)
+        if progress.snapshot:
+            progress.passage.restore(progress.snapshot)
+            progress.snapshot = {}
+        else:
+            progress.step = self._steps_before(numbers)
+        last = {number: batch for batch, number in enumerate(home)}
+        gathered: list[dict[str, Tensor]] = []
+        for sheaf in harvest(progress.passage, batches, self.wanted):
+            gathered.append(sheaf.tensors)
+            number = home[sheaf.batch]
+            if sheaf.batch != last[number]:
+                continue
+            write_shard(self.job.output, number, join(gathered))
+            gathered = []
+            if 0 <= sheaf.block < len(self.teacher.blocks):
+                progress.step += 1
+                self.job.step_done(progress, progress.step, self.steps)
+        progress.passage = None
+        progress.groups += 1
+        progress.step += 1
+        self.job.step_done(progress, progress.step, self.steps)
+
+    def _steps_before(self, numbers: range) -> int:
+        done = next(index for index, group in enumerate(self.groups) if group == numbers)
+        return sum(len(group) * len(self.teacher.blocks) + 1 for group in self.groups[:done])
+
+
+def join(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Put the tensors of several batches behind each other."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
