@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from modeling.losses import TINY, SparseTargets
-from modeling.streaming import Passage, linear_head
+from modeling.streaming import Forward, Passage, linear_head
 
 TOKENS = 512  # positions whose logits are computed at a time
 ROWS = 32  # of logits looked at in one go: 6 MB at V = 49,152
@@ -87,6 +87,19 @@ def read_answers(passage: Passage, k: int) -> Iterator[Answers]:
     yield from found
 
 
+def logits_of(passage: Passage) -> Callable[[Forward, Tensor], Tensor]:
+    """A function that gives the logits (n, V) at n of the positions of a forward at the head."""
+    head = linear_head(passage.model)
+    if head is None:
+        return lambda forward, picks: forward.output.logits.flatten(0, -2)[picks]
+    finish, _ = _after_head(passage)
+
+    def logits(forward: Forward, picks: Tensor) -> Tensor:
+        return finish(linear(forward.normed.flatten(0, -2)[picks], head.weight, head.bias))
+
+    return logits
+
+
 def _after_head(passage: Passage) -> tuple[Callable[[Tensor], Tensor], bool]:
     """What the model does to logits, and whether that can be done to pieces of the vocabulary."""
     head = linear_head(passage.model).weight
@@ -108,7 +121,7 @@ def _look(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     ids = _top_ids(logits, min(k, logits.shape[-1]))
     top, order = logits.gather(-1, ids).float().sort(dim=-1, descending=True, stable=True)
     highest = top[:, :1]
-    powers = logits.float().sub_(highest).exp_().scatter_(-1, ids, 0.0)
+    powers = (logits.float() - highest).exp_().scatter_(-1, ids, 0.0)
     return ids.gather(-1, order), top, powers.sum(-1).log() + highest[:, 0]
 
 

@@ -73,6 +73,7 @@ class Forward(greenlet):
         self.at: int | None = None
         self.done = -1  # the last block that is behind it
         self.skip = -1  # the last block that is not to be run
+        self._replaced: tuple[int, Tensor] | None = None
         self.hidden: Tensor | None = None
         self.normed: Tensor | None = None
         self.output: Any = None
@@ -94,14 +95,21 @@ class Forward(greenlet):
         self.advance(logits)
         return self.output
 
+    def replace(self, block: int, output: Tensor, width: int) -> None:
+        """Before the first advance: give `output` at a block instead of running it."""
+        self._replaced, self.width = (block, output), width
+
     def through_block(self, index: int, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Stand in for a block's forward."""
         given = args[0] if args else kwargs.get("hidden_states")
         if index <= self.skip:
             if index == self.skip and self.hidden is not None:
                 given = self.hidden
-            return (given, *[None] * (self.width - 1)) if self.width else given
+            return self._as_output(given)
         self.skip = -1
+        if self._replaced and index == self._replaced[0]:
+            self.hidden, self.done = self._replaced[1], index
+            return self._as_output(self.hidden)
         if index:
             self.plain &= given is self.hidden
         else:
@@ -116,6 +124,9 @@ class Forward(greenlet):
         self.done = index
         self.parent.switch(BEHIND)
         return output
+
+    def _as_output(self, hidden: Tensor) -> Any:
+        return (hidden, *[None] * (self.width - 1)) if self.width else hidden
 
     def at_head(self, normed: Tensor) -> Tensor:
         """Stand in for the output head: keep what it was given, and wait."""
@@ -174,6 +185,26 @@ class Passage:
                 return forward.finish(logits[None]).logits[0]
 
         return finish
+
+    def branch(self, batch: int, block: int, output: Tensor) -> Forward:
+        """Add a forward that goes as a batch's does, but gets `output` out of a block.
+
+        To be called while the passage runs, when the batch is behind that block. Where a hidden
+        state tells all, nothing before the block is computed again.
+        """
+        origin = self.forwards[batch]
+        forward = Forward(self.model, origin.inputs)
+        if origin.plain:
+            forward.restore(block, output, origin.width)
+        else:
+            forward.replace(block, output, origin.width)
+        self.forwards.append(forward)
+        forward.advance()
+        return forward
+
+    def rejoin(self, batch: int) -> None:
+        """Add a place for a branch of a batch; `restore` says where it is."""
+        self.forwards.append(Forward(self.model, self.forwards[batch].inputs))
 
     @property
     def can_restore(self) -> bool:

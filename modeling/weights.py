@@ -86,10 +86,6 @@ class FileMap:
             if place.file not in self._maps:
                 with place.file.open("rb") as stream:  # private: writing to it changes no file
                     self._maps[place.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-            begin = place.offset // PAGE * PAGE
-            length = place.offset + place.size - begin
-            if length:  # rows are looked up here and there: read no more than them
-                self._maps[place.file].madvise(mmap.MADV_RANDOM, begin, length)
 
     def soon(self, tensor: Tensor) -> None:
         """Say that all of a tensor will be read in order, if it is one of these."""
@@ -98,7 +94,6 @@ class FileMap:
             begin = tensor.data_ptr() - start
             if 0 <= begin < len(mapped):
                 begin, end = begin // PAGE * PAGE, begin + tensor.nbytes
-                mapped.madvise(mmap.MADV_NORMAL, begin, end - begin)
                 mapped.madvise(mmap.MADV_WILLNEED, begin, end - begin)
 
     def tensor(self, place: Place) -> Tensor:

@@ -3,6 +3,7 @@
 There are no defaults in code: params.yaml is the one place for values.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,3 +47,10 @@ def require_within(low: float, high: float, **values: float) -> None:
     for name, value in values.items():
         if not low <= value <= high:
             raise ValueError(f"'{name}' is {value}; it must lie between {low:g} and {high:g}")
+
+
+def require_one_of(choices: Sequence[str], **values: str) -> None:
+    """Refuse values that are no choice, by name; for a Params' __post_init__."""
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"'{name}' is '{value}'; it must be one of {', '.join(choices)}")

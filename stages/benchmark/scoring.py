@@ -16,7 +16,7 @@ from modeling.blocks import dissect
 from modeling.losses import TeacherView
 from stages.formats.importance import bootstrap_interval
 
-CHUNK_TOKENS = 128  # logits of two models held at a time
+CHUNK_TOKENS = 512  # positions whose logits are compared at a time
 MEASURES = ("kl", "ce", "agree")
 TEACHER = "teacher"
 
@@ -70,9 +70,11 @@ def score_batch(models: dict[str, PreTrainedModel], tokens: Tensor) -> dict[str,
     labels = tokens[:, 1:].flatten()
     parts: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in models}
     for part in torch.arange(len(labels)).split(CHUNK_TOKENS):
-        teacher = TeacherView.of(anatomies[TEACHER].head(states[TEACHER][part]))
+        teacher_logits = anatomies[TEACHER].head(states[TEACHER][part])
+        teacher = TeacherView.of(teacher_logits)
         for name, anatomy in anatomies.items():
-            logits = anatomy.head(states[name][part])
+            own = name == TEACHER
+            logits = teacher_logits if own else anatomy.head(states[name][part])
             parts[name].append(teacher.scores(logits, labels[part]))
     shape = (tokens.shape[0], tokens.shape[1] - 1)
     return {

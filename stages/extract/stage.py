@@ -15,7 +15,7 @@ from pathlib import Path
 
 from modeling.memory import ENGINES
 from stages.contract import Job, Metrics, Stage
-from stages.params import require_at_least, require_within
+from stages.params import require_at_least, require_one_of, require_within
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Params:
         require_within(0.0, 0.9, prefix_depth=self.prefix_depth)
         for depth in self.anchor_depths:
             require_within(self.prefix_depth, 1.0, anchor_depths=depth)
-        if self.engine not in ENGINES:
-            raise ValueError(f"'engine' is '{self.engine}'; it must be {', '.join(ENGINES)}")
+        require_one_of(ENGINES, engine=self.engine)
         if self.shard_rows % self.batch_rows:
             raise ValueError(
                 f"'shard_rows' ({self.shard_rows}) must be a multiple of 'batch_rows' "

@@ -9,25 +9,24 @@ from torch import Tensor
 
 
 class RunningCovariance:
-    """Sums from which the mean and covariance of each block's output follow."""
+    """Sums from which the mean and covariance of one block's output follow."""
 
-    def __init__(self, blocks: int, width: int) -> None:
+    def __init__(self, width: int) -> None:
         self.count = 0
-        self.total = torch.zeros(blocks, width, dtype=torch.float64)
-        self.products = torch.zeros(blocks, width, width, dtype=torch.float64)
+        self.total = torch.zeros(width, dtype=torch.float64)
+        self.products = torch.zeros(width, width, dtype=torch.float64)
 
-    def add(self, states: list[Tensor]) -> None:
-        """Take in one batch: the output (B, T, D) of every block."""
-        for block, state in enumerate(states):
-            flat = state.flatten(0, -2).float()  # (B T, D)
-            self.total[block] += flat.double().sum(0)
-            self.products[block] += (flat.T @ flat).double()
-        self.count += states[0].shape[0] * states[0].shape[1]
+    def add(self, state: Tensor) -> None:
+        """Take in one batch of outputs: (B, T, D)."""
+        flat = state.flatten(0, -2).float()  # (B T, D)
+        self.total += flat.double().sum(0)
+        self.products += (flat.T @ flat).double()
+        self.count += len(flat)
 
     def principal(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (L, D), directions (L, D, D) and variances (L, D), largest first; float32."""
+        """Mean (D,), directions (D, D) in columns, and variances (D,), largest first; float32."""
         mean = self.total / self.count
-        covariance = self.products / self.count - mean[:, :, None] * mean[:, None, :]
+        covariance = self.products / self.count - mean[:, None] * mean[None, :]
         variance, directions = torch.linalg.eigh(covariance)
         flipped = directions.flip(-1).float(), variance.flip(-1).clamp_min(0).float()
         return mean.float(), *flipped

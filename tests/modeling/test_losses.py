@@ -6,9 +6,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import modeling.losses
-from modeling.losses import SparseTargets, TeacherView, head_loss, sparse_targets
+from modeling.answers import Answers
+from modeling.losses import SparseTargets, TeacherView, head_loss
 
 N, D, V = 11, 8, 29
+
+
+def sparse_targets(logits: Tensor, k: int) -> SparseTargets:
+    """Targets as `extract` makes them."""
+    return Answers.of(logits, k).targets()
 
 
 def example(k: int, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -50,9 +50,12 @@ def block_outputs(model, tokens: Tensor) -> list[Tensor]:
 def subspaces_of(model, tokens: Tensor, rank: int = RANK) -> Subspaces:
     """The principal subspaces of a model's block outputs."""
     outputs = block_outputs(model, tokens)
-    covariance = RunningCovariance(len(outputs), outputs[0].shape[-1])
-    covariance.add(outputs)
-    mean, directions, variance = covariance.principal()
+    found = []
+    for output in outputs:
+        covariance = RunningCovariance(output.shape[-1])
+        covariance.add(output)
+        found.append(covariance.principal())
+    mean, directions, variance = (torch.stack(column) for column in zip(*found, strict=True))
     return Subspaces(mean, directions[:, :, :rank], variance)
 
 

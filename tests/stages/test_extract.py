@@ -143,7 +143,7 @@ GOOD = {
         ({"anchor_depths": (1.1,)}, "'anchor_depths' is 1.1"),
         ({"prefix_depth": 1.0}, "'prefix_depth' is 1.0"),
         ({"top_k": 0}, "'top_k' is 0"),
-        ({"engine": "vllm"}, "'engine' is 'vllm'; it must be auto, resident"),
+        ({"engine": "vllm"}, "'engine' is 'vllm'; it must be one of auto, resident"),
     ],
 )
 def test_contradictions_are_refused(changed: dict, message: str) -> None:

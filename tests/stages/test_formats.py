@@ -108,13 +108,13 @@ def test_importance_comes_back_to_the_bit(tmp_path: Path) -> None:
 
 def test_whitened_coordinates_have_unit_variance_and_do_not_correlate() -> None:
     mixing = torch.randn(8, 8) * torch.logspace(-1, 2, 8)[:, None]  # variances over six decades
-    states = [torch.randn(4, 1000, 8) @ mixing + torch.randn(8) * 10 for _ in range(2)]
-    covariance = RunningCovariance(2, 8)
-    covariance.add(states)
-    mean, directions, variance = covariance.principal()
-    subspaces = Subspaces(mean, directions[:, :, :5], variance)
-    for block, state in enumerate(states):
-        coordinates = subspaces.whiten(block, state)
+    for _ in range(2):
+        state = torch.randn(4, 1000, 8) @ mixing + torch.randn(8) * 10
+        covariance = RunningCovariance(8)
+        covariance.add(state)
+        mean, directions, variance = (part[None] for part in covariance.principal())
+        subspaces = Subspaces(mean, directions[:, :, :5], variance)
+        coordinates = subspaces.whiten(0, state)
         assert coordinates.shape == (4, 1000, 5) and coordinates.dtype == torch.float32
         found = torch.cov(coordinates.flatten(0, 1).T)
         torch.testing.assert_close(found, torch.eye(5), atol=5e-3, rtol=0)
