@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -76,6 +76,11 @@ def weights_folder(location: Location | Path) -> Path:
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
     try:
         folder = snapshot_download(location.path, revision=location.revision, allow_patterns=wanted)
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"'{location.path}' is gated: accept its licence at https://huggingface.co/"
+            f"{location.path}, then log in with .venv/bin/hf auth login"
+        ) from error
     except (OSError, HfHubHTTPError) as error:
         raise FileNotFoundError(
             f"'{location.path}' could not be fetched; {location.remedy}. ({error})"
@@ -90,8 +95,13 @@ def open_model(location: Location | Path) -> PreTrainedModel:
 
 
 def open_tokenizer(location: Location | Path) -> PreTrainedTokenizerBase:
-    """Open the tokenizer that belongs to a model."""
-    return _open(AutoTokenizer, location)
+    """Open the tokenizer that belongs to a model. Raises FileNotFoundError."""
+    try:
+        return _open(AutoTokenizer, location)
+    except ValueError as error:  # what transformers says of a folder without one
+        raise FileNotFoundError(
+            f"{location} has no tokenizer that can be opened ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _open(opener: type, location: Location | Path, **options):

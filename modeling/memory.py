@@ -33,24 +33,32 @@ class Need:
     weights: int  # all of them, in the type they are computed in
     two_blocks: int  # the largest one twice: in use and being read
     work: int  # activations of a batch and its logits
-    states: int  # hidden states of all that is in flight at once when streamed
+    token: int  # what one token leaves in memory while it is under way
+    batch_tokens: int  # in one batch
+    tokens: int  # of all data
 
     @property
     def resident(self) -> int:
-        """With all weights in memory."""
-        return self.weights + self.work + RESERVE_BYTES
+        """With all weights in memory, batch after batch."""
+        return self.weights + self.work + self.token * self.batch_tokens + RESERVE_BYTES
 
     @property
     def streamed(self) -> int:
-        """With two blocks in memory."""
-        return self.two_blocks + self.states + self.work + RESERVE_BYTES
+        """With two blocks in memory, and one batch under way."""
+        return self.two_blocks + self.work + self.token * self.batch_tokens + RESERVE_BYTES
+
+    def tokens_at_once(self, free: int) -> int:
+        """How many tokens can be under way together when streamed."""
+        left = free - self.two_blocks - self.work - RESERVE_BYTES
+        return max(self.batch_tokens, min(self.tokens, left // self.token))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which engine runs, and the sentence that says why."""
+    """Which engine runs, how many tokens go through together, and the sentence that says why."""
 
     engine: str
+    tokens_at_once: int
     sentence: str
 
 
@@ -64,8 +72,8 @@ def need_of(
 ) -> Need:  # fmt: skip
     """Add up what a model needs.
 
-    blocks: the checkpoint's tensor names by block.  batch_tokens: in one batch.  tokens: in flight
-    at once when streamed.  width, vocabulary: of the model.
+    blocks: the checkpoint's tensor names by block.  batch_tokens: in one batch.  tokens: of all
+    data.  width, vocabulary: of the model.
     """
 
     def size(names: list[str]) -> int:
@@ -73,7 +81,9 @@ def need_of(
 
     largest = max((size(names) for names in blocks), default=0)
     work = batch_tokens * (width * 64 + min(vocabulary, 1 << 16) * 2)
-    return Need(size(list(checkpoint.tensors)), 2 * largest, work, tokens * width * dtype.itemsize)
+    token = 3 * width * dtype.itemsize  # a hidden state, what the head gets, what else is kept
+    weights = size(list(checkpoint.tensors))
+    return Need(weights, 2 * largest, work, token, batch_tokens, tokens)
 
 
 def _bytes_in_memory(checkpoint: "Checkpoint", name: str, dtype: "torch.dtype") -> int:
@@ -103,18 +113,23 @@ def choose_engine(need: Need, wanted: str, free: int) -> Plan:
     if wanted not in ENGINES:
         raise ValueError(f"engine '{wanted}' is unknown; there are {', '.join(ENGINES)}")
     numbers = (
-        f"resident {need.resident / GIB:.1f} GiB, streamed {need.streamed / GIB:.1f} GiB, "
+        f"resident {need.resident / GIB:.1f} GiB, streamed from {need.streamed / GIB:.1f} GiB, "
         f"free {free / GIB:.1f} GiB"
     )
-    if wanted != "auto":
-        return Plan(wanted, f"{wanted}, as asked ({numbers})")
-    if need.resident <= free:
-        return Plan(RESIDENT, f"resident: the whole model fits ({numbers})")
+    if wanted == RESIDENT or (wanted == "auto" and need.resident <= free):
+        why = "as asked" if wanted == RESIDENT else "the whole model fits"
+        return Plan(RESIDENT, need.batch_tokens, f"resident: {why} ({numbers})")
     if need.streamed > free:
         raise WillNotFit(
             f"not even one block at a time fits ({numbers}): a block in use and one being read are "
-            f"{need.two_blocks / GIB:.2f} GiB, states {need.states / GIB:.2f} GiB, a batch "
-            f"{need.work / GIB:.2f} GiB; lower extract.batch_rows or prepare.sample_size, or free "
-            f"{(need.streamed - free) / GIB:.1f} GiB"
+            f"{need.two_blocks / GIB:.2f} GiB, a batch of {need.batch_tokens} tokens "
+            f"{(need.work + need.token * need.batch_tokens) / GIB:.2f} GiB; lower batch_rows, or "
+            f"free {(need.streamed - free) / GIB:.1f} GiB"
         )
-    return Plan(STREAMED, f"streamed, a block at a time ({numbers})")
+    together = need.tokens_at_once(free)
+    passes = -(-need.tokens // together)
+    return Plan(
+        STREAMED, together,
+        f"streamed: a block at a time, {passes} pass{'es' * (passes > 1)} of {together} tokens "
+        f"({numbers})",
+    )  # fmt: skip

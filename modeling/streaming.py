@@ -37,6 +37,10 @@ SHARED = (MutableMapping, MutableSequence)  # what blocks could leave for each o
 HEAD, BEHIND = -2, -3  # where a forward stands: before the output head, right behind a block
 
 
+class NotFinite(ValueError):
+    """NaN or infinity came out of a block; the message says whose fault it is."""
+
+
 class Weights(Protocol):
     """Brings a model's weights, a part at a time."""
 
@@ -164,9 +168,22 @@ class Passage:
                 for number, forward in enumerate(self.forwards):
                     if forward.at == block:
                         forward.advance()
+                        self._refuse_nan(block, forward.hidden)
                         yield Arrival(block, number, forward.hidden)
                         forward.advance()
                 self.weights.leave(block)
+
+    def _refuse_nan(self, block: int, hidden: Tensor) -> None:
+        """Raise NotFinite, naming the tensors that are to blame."""
+        if torch.isfinite(hidden).all():
+            return
+        named = self.blocks[block].named_parameters()
+        bad = [name for name, tensor in named if not torch.isfinite(tensor).all()]
+        blame = f"its {', '.join(bad)} hold NaN or infinity: the checkpoint is damaged"
+        raise NotFinite(
+            f"what block {block} of {type(self.model).__name__} gives is not finite; "
+            + (blame if bad else f"its weights are, so the states overflow in {hidden.dtype}")
+        )
 
     def after_head(self) -> Callable[[Tensor], Tensor]:
         """What the model does to the head's logits (caps, scales): (n, V') -> (n, V').

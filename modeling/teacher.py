@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from modeling.blocks import find_units
 from modeling.checkpoint import read_checkpoint
@@ -32,11 +32,6 @@ class Teacher:
     weights: Weights
     plan: Plan
 
-    @property
-    def is_streamed(self) -> bool:
-        """Whether weights come from disk, so that all batches should go through together."""
-        return self.plan.engine != RESIDENT
-
     def passage(self, batches: Sequence[Tensor]) -> Passage:
         """Prepare batches of token ids (B, T) for their way through the model."""
         inputs: list[Mapping[str, Any]] = [{"input_ids": b, "use_cache": False} for b in batches]
@@ -46,12 +41,12 @@ class Teacher:
 def open_teacher(location: Location | Path, engine: str, batch_tokens: int, tokens: int) -> Teacher:
     """Open a causal language model in bfloat16 with the engine that fits, or the one asked for.
 
-    batch_tokens: tokens of one batch.  tokens: of all data, in flight at once when streamed.
+    batch_tokens: tokens of one batch.  tokens: of all data.
     Raises WillNotFit, BadCheckpoint, ValueError for a model that is no causal language model, and
     FileNotFoundError when it is not there.
     """
     folder = weights_folder(location)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = read_config(folder)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None:
         raise ValueError(f"{folder} holds a {config.model_type}, which is no causal language model")
@@ -69,6 +64,17 @@ def open_teacher(location: Location | Path, engine: str, batch_tokens: int, toke
         return Teacher(model, find_units(model), Resident(model), plan)
     streamed = Streamed(skeleton, checkpoint, past_cache=_is_large(need))
     return Teacher(skeleton.model, skeleton.blocks, streamed, plan)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """A model's configuration. Raises ValueError for one that needs code of its own."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except ValueError as error:  # transformers asks for trust_remote_code
+        raise ValueError(
+            f"{folder} is of a kind that this transformers does not know; code that comes with a "
+            f"model is never run. ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _is_large(need: Need) -> bool:

@@ -34,6 +34,7 @@ State = TypeVar("State", bound=Resumable)
 
 # Wall time between checkpoints, what a kill -9 can cost; the flow sets it from params.yaml.
 CHECKPOINT_EVERY_S = float(os.environ.get("NANOFOUNDRY_CHECKPOINT_EVERY_S", "30"))
+CHECKPOINT_SHARE = 0.05  # of a stage's time at most: large states are written less often
 KEEP_FINGERPRINTS = 3  # unfinished work of other parameters that is kept
 
 
@@ -69,6 +70,7 @@ class Job:
         self.progress = Progress(self.folder / "metrics.jsonl", self.node)
         self._stop = stop
         self._last_checkpoint = time.monotonic()
+        self._checkpoint_took_s = 0.0
         self._shown: list[str] = []
         self._measured: Metrics = {}
 
@@ -113,10 +115,14 @@ class Job:
         a later phase never repeats an earlier one.
         """
         self.progress.add(phase, step, total, metrics)
-        due = time.monotonic() - self._last_checkpoint >= CHECKPOINT_EVERY_S
-        if due or step == total or self._stop.requested:
+        began = time.monotonic()
+        wait_s = CHECKPOINT_EVERY_S and max(
+            CHECKPOINT_EVERY_S, self._checkpoint_took_s / CHECKPOINT_SHARE
+        )
+        if began - self._last_checkpoint >= wait_s or step == total or self._stop.requested:
             save_checkpoint(state, self._checkpoints(phase), step)
             self._last_checkpoint = time.monotonic()
+            self._checkpoint_took_s = self._last_checkpoint - began
         if self._stop.requested:
             raise Stopped(f"stopped at step {step} of {total}; run it again to go on from there")
 

@@ -1,9 +1,9 @@
 """Take all rows through a teacher and write what is kept, so that a kill costs little.
 
 Rows lie in shards; shards go through the teacher in groups: one by one when the weights are in
-memory, all at once when they are streamed, so that the weights are read once. A step is one shard
-through one block. What a shard leaves at a block is written at once; a checkpoint holds the states
-of the group that is under way.
+memory, as many together as there is memory for when they are streamed, because each group reads all
+weights once. A step is one shard through one block. What a shard leaves at a block is written at
+once; a checkpoint holds the states of the group that is under way.
 """
 
 import json
@@ -24,7 +24,8 @@ from stages.formats.targets import write_shard
 class Progress:
     """How many groups are done, and where the batches of the present one are."""
 
-    def __init__(self) -> None:
+    def __init__(self, together: int) -> None:
+        self.together = together  # shards of a group; stays what it was when it began
         self.groups = 0
         self.step = 0
         self.passage: Passage | None = None  # what is under way
@@ -36,14 +37,15 @@ class Progress:
         save_file(
             {name: t.contiguous() for name, t in snapshot.items()}, folder / "passage.safetensors"
         )
-        counts = {"groups": self.groups, "step": self.step}
+        counts = {"together": self.together, "groups": self.groups, "step": self.step}
         (folder / "progress.json").write_text(json.dumps(counts), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
         self.snapshot = load_file(folder / "passage.safetensors")
         counts = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-        self.groups, self.step = counts["groups"], counts["step"]
+        self.together, self.groups = counts["together"], counts["groups"]
+        self.step = counts["step"]
 
 
 class Extraction:
@@ -58,16 +60,20 @@ class Extraction:
         self.wanted = wanted
         self.batch_rows = batch_rows
         self.job = job
-        together = len(self.shards) if teacher.is_streamed else 1
-        numbers = range(len(self.shards))
-        self.groups = [numbers[n : n + together] for n in numbers[::together]]
-        self.steps = len(self.shards) * len(teacher.blocks) + len(self.groups)
+        self.groups: list[range] = []
+        self.steps = 0
 
     def run(self) -> None:
         """Extract what is not extracted yet."""
-        progress = self.job.resume(Progress())
-        for numbers in self.groups[progress.groups :]:
-            self._take(numbers, progress)
+        per_shard = self.shards[0].numel()
+        together = max(1, -(-self.teacher.plan.tokens_at_once // per_shard))
+        progress = self.job.resume(Progress(together))
+        numbers = range(len(self.shards))
+        together = progress.together
+        self.groups = [numbers[n : n + together] for n in numbers[::together]]
+        self.steps = len(numbers) * len(self.teacher.blocks) + len(self.groups)
+        for group in self.groups[progress.groups :]:
+            self._take(group, progress)
 
     def _take(self, numbers: range, progress: Progress) -> None:
         """Take one group of shards through the teacher."""
@@ -79,6 +85,7 @@ class Extraction:
             progress.snapshot = {}
         else:
             progress.step = self._steps_before(numbers)
+            self.job.progress.cut_back("main", progress.step)
         last = {number: batch for batch, number in enumerate(home)}
         gathered: list[dict[str, Tensor]] = []
         for sheaf in harvest(progress.passage, batches, self.wanted):

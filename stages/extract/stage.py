@@ -50,17 +50,19 @@ def run(params: Params, job: Job) -> Metrics:
     """Run the teacher over the training rows; see the module's steps."""
     import torch
 
-    from modeling.loading import locate
+    from modeling.loading import locate, open_tokenizer
     from modeling.teacher import open_teacher
     from stages.extract.extraction import Extraction
     from stages.extract.harvest import Wanted
     from stages.formats.importance import read_subspaces, share_of_depth
     from stages.formats.targets import write_header
-    from stages.formats.tokens import read_all_rows
+    from stages.formats.tokens import check_tokenizer, read_all_rows
 
-    rows = torch.from_numpy(read_all_rows(job.input("prepare"), "train", params.seed))
+    prepared, location = job.input("prepare"), locate(job.item)
+    check_tokenizer(prepared, job.item, open_tokenizer(location))
+    rows = torch.from_numpy(read_all_rows(prepared, "train", params.seed))
     batch_tokens = params.batch_rows * rows.shape[1]
-    teacher = open_teacher(locate(job.item), params.engine, batch_tokens, rows.numel())
+    teacher = open_teacher(location, params.engine, batch_tokens, rows.numel())
     job.say(teacher.plan.sentence)
     blocks = len(teacher.blocks)
     prefix = share_of_depth(params.prefix_depth, blocks)

@@ -2,6 +2,7 @@
 
     tokens/SPLIT/SOURCE.npy    (rows, row_tokens) uint16 or uint32; documents separated by EOS
     documents.jsonl            {"split", "source", "id", "text"} a document, for reading
+    tokenizer.json             whose tokenizer made the rows, and how it encodes a probe
 
 SPLIT is train, calibration (choosing blocks, closed-form fits), heldout (measured on, never
 trained on) or benchmark (texts of other kinds; never trained on, and removed from the rest).
@@ -9,10 +10,14 @@ trained on) or benchmark (texts of other kinds; never trained on, and removed fr
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBE = "def f(x):\n    return 3.14159 * x  # naïve: 2026, 1,000,000 × 7 → “done”\tÜber 你好 🙂"
 SPLITS = ("train", "calibration", "heldout", "benchmark")
 
 
@@ -36,6 +41,25 @@ def read_all_rows(folder: Path, split: str, seed: int) -> np.ndarray:
     """Give the rows of all sources of a split, shuffled by a seed: (rows, row_tokens) int64."""
     rows = np.concatenate(list(read_rows(folder, split).values()))
     return rows[np.random.default_rng(seed).permutation(len(rows))]
+
+
+def write_tokenizer(folder: Path, name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Note whose tokenizer made the rows, and how it encodes the probe."""
+    entry = {"name": name, "probe": tokenizer(PROBE)["input_ids"]}
+    (folder / "tokenizer.json").write_text(json.dumps(entry), encoding="utf-8")
+
+
+def check_tokenizer(folder: Path, name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a teacher to which the rows' token ids mean something else.
+
+    Told by encoding a probe, not by the size of the vocabulary. Raises ValueError.
+    """
+    entry = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if tokenizer(PROBE)["input_ids"] != entry["probe"]:
+        raise ValueError(
+            f"teacher '{name}' has another tokenizer than '{entry['name']}', which made the rows; "
+            f"set prepare.tokenizer to {name}, or choose teachers of one tokenizer"
+        )
 
 
 def write_documents(folder: Path, splits: dict[str, list[Any]]) -> None:

@@ -56,7 +56,7 @@ class Params:
 def run(params: Params, job: Job) -> Metrics:
     """Read, clean, split, pack; see the module's steps."""
     from modeling.loading import locate, open_tokenizer
-    from stages.formats.tokens import write_documents, write_rows
+    from stages.formats.tokens import write_documents, write_rows, write_tokenizer
     from stages.prepare.clean import clean, shared_shares
     from stages.prepare.collect import collect
     from stages.prepare.pack import pack_split, split_documents
@@ -85,6 +85,7 @@ def run(params: Params, job: Job) -> Metrics:
             write_rows(job.output, split, source, rows)
         metrics[f"{split}_tokens"] = sum(rows.size for rows in kept.values())
     write_documents(job.output, splits)
+    write_tokenizer(job.output, params.tokenizer, tokenizer)
     return metrics
 
 

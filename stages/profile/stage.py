@@ -48,17 +48,17 @@ def run(params: Params, job: Job) -> Metrics:
     """Measure in one passage over calibration rows; see the module's steps."""
     import torch
 
-    from modeling.loading import locate
+    from modeling.loading import locate, open_tokenizer
     from modeling.teacher import open_teacher
     from stages.formats.importance import Subspaces, write_importance
-    from stages.formats.tokens import read_all_rows
+    from stages.formats.tokens import check_tokenizer, read_all_rows
     from stages.profile.measuring import Measuring
     from stages.profile.picture import draw_profile
 
-    rows = torch.from_numpy(read_all_rows(job.input("prepare"), "calibration", params.seed))
-    teacher = open_teacher(
-        locate(job.item), params.engine, params.batch_rows * rows.shape[1], rows.numel()
-    )
+    prepared, location = job.input("prepare"), locate(job.item)
+    check_tokenizer(prepared, job.item, open_tokenizer(location))
+    rows = torch.from_numpy(read_all_rows(prepared, "calibration", params.seed))
+    teacher = open_teacher(location, params.engine, params.batch_rows * rows.shape[1], rows.numel())
     job.say(teacher.plan.sentence)
     found = Measuring(teacher, rows, params, job).run().tensors
     blocks = summarise(found, params)

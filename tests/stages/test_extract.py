@@ -207,9 +207,7 @@ def test_an_anchor_that_falls_into_the_prefix_is_refused(dag: TinyDag, depths: l
 
 def test_a_prefix_of_all_blocks_is_refused(dag: TinyDag) -> None:
     """0.9 of few blocks rounds to all of them; nothing would be left to teach, nor be kept."""
-    save = tiny_llama(blocks=4).bfloat16()
-    shutil.rmtree(dag.teacher_folder)
-    save.save_pretrained(dag.teacher_folder)
+    tiny_llama(blocks=4).bfloat16().save_pretrained(dag.teacher_folder)
     dag.set("extract", prefix_depth=0.9, anchor_depths=[1.0])
     with pytest.raises(ValueError, match="prefix"):
         dag.run("extract")

@@ -20,7 +20,7 @@ from stages.contract import Job
 from stages.declaration import read_declaration
 from stages.digests import write_manifest
 from stages.formats.importance import BlockImportance, write_importance
-from stages.formats.tokens import write_rows
+from stages.formats.tokens import write_rows, write_tokenizer
 from stages.params import read_section
 from stages.process import StopRequest
 from tests.stages.lessons import rows, subspaces_of
@@ -113,6 +113,7 @@ def make_tiny_dag(root: Path, patch: pytest.MonkeyPatch) -> TinyDag:
     prepared = root / "artifacts/prepare"
     for split, count in (("train", 10), ("calibration", 6), ("heldout", 4)):
         write_rows(prepared, split, "docs", rows(count, start=len(split)).numpy())
+    write_tokenizer(prepared, TEACHER, _tokenizer())
     write_manifest(prepared)
 
     profile = root / "artifacts/profile" / TEACHER
