@@ -56,10 +56,11 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def find_units(model: PreTrainedModel) -> list[nn.Module]:
-    """What a model is streamed by: its blocks, or where those are not in one list, the members of
-    all its outermost lists."""
-    with contextlib.suppress(ValueError):
-        return list(find_blocks(model)[1])
+    """What a model is streamed by: its blocks, or the members of all its outermost lists where the
+    blocks are in several, as in a model of encoder and decoder."""
+    if not model.config.is_encoder_decoder:
+        with contextlib.suppress(ValueError):
+            return list(find_blocks(model)[1])
     units: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:

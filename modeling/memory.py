@@ -20,10 +20,7 @@ GIB = 1 << 30
 RESERVE_BYTES = 400 << 20  # for Python, torch and what else a stage has
 RESIDENT, STREAMED = "resident", "streamed"
 ENGINES = ("auto", RESIDENT, STREAMED)
-CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -96,13 +93,35 @@ def _bytes_in_memory(checkpoint: "Checkpoint", name: str, dtype: "torch.dtype") 
 def free_bytes() -> int:
     """Memory that this process may still take: of the machine, its cgroup and its own limit."""
     free = [psutil.virtual_memory().available]
-    for limit, usage in CGROUP_FILES:
-        if Path(limit).is_file() and (text := Path(limit).read_text().strip()) != "max":
-            free.append(int(text) - int(Path(usage).read_text()))
+    free += [left for folder in _cgroups() if (left := _left_in(folder)) is not None]
     soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
     if soft != resource.RLIM_INFINITY:
         free.append(soft - psutil.Process().memory_info().data)
     return max(0, min(free))
+
+
+def _cgroups() -> list[Path]:
+    """The control groups that this process is in and those around them, of version 1 and 2."""
+    found = []
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = CGROUPS / "memory" if controllers else CGROUPS
+            here = root / path.strip("/")
+            found += [folder for folder in (here, *here.parents) if folder.is_relative_to(root)]
+    return found
+
+
+def _left_in(folder: Path) -> int | None:
+    """What a control group may still take, the page cache counted as free; None without a limit."""
+    for limit, usage, cache in (
+        ("memory.max", "memory.current", "file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    ):
+        if (folder / limit).is_file() and (text := (folder / limit).read_text().strip()) != "max":
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return int(text) - int((folder / usage).read_text()) + int(stat[cache])
+    return None
 
 
 def choose_engine(need: Need, wanted: str, free: int) -> Plan:

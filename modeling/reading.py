@@ -4,13 +4,14 @@ A thread of its own reads with plain preadv into two page-aligned buffers that a
 page-aligned, so that O_DIRECT works, and reused, so that no memory is faulted in twice. Tensors
 that lie side by side in a file are read in one go, and handed out as views: nothing is copied.
 
-A checkpoint larger than the free memory goes past the page cache (O_DIRECT where the file system
-has it, else pages are dropped after use), so that it pushes nothing else out.
+What the page cache holds already is taken from there; the rest goes past it (O_DIRECT where the
+file system has it, else pages are dropped after use). That pushes nothing else out of memory, and
+costs 40 % of the time and a third of the CPU of filling the cache (benchmarks/streaming.py).
 """
 
+import contextlib
 import mmap
 import os
-import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -59,18 +60,17 @@ class Reader:
     `bytes_read` counts what came from files. Use as a context manager.
     """
 
-    def __init__(self, parts: dict[int, dict[str, Place]], past_cache: bool) -> None:
+    def __init__(self, parts: dict[int, dict[str, Place]]) -> None:
         self.parts = parts
-        self.past_cache = past_cache
         self.bytes_read = 0
         self._spans = {part: plan_spans(places.values()) for part, places in parts.items()}
-        size = max(sum(s.end - s.begin for s in spans) for spans in self._spans.values())
-        self._free = [mmap.mmap(-1, max(size, PAGE)) for _ in range(2)]
+        sizes = (sum(s.end - s.begin for s in spans) for spans in self._spans.values())
+        size = max([PAGE, *sizes])
+        self._free = [_buffer(size) for _ in range(2)]
         self._used: dict[int, mmap.mmap] = {}
         self._pool = ThreadPoolExecutor(1, "reader")
         self._coming: dict[int, Future] = {}
-        self._files: dict[Path, tuple[int, bool]] = {}
-        self._lock = threading.Lock()
+        self._files: dict[Path, OpenFile] = {}
 
     def __enter__(self) -> "Reader":
         return self
@@ -81,8 +81,8 @@ class Reader:
     def close(self) -> None:
         """Stop the thread and close the files."""
         self._pool.shutdown(cancel_futures=True)
-        for descriptor, _ in self._files.values():
-            os.close(descriptor)
+        while self._files:
+            self._files.popitem()[1].close()
 
     def ahead(self, part: int) -> None:
         """Begin to read a part, where a buffer is free for it."""
@@ -118,25 +118,56 @@ class Reader:
     def _read(self, part: int, buffer: mmap.mmap) -> None:
         view = memoryview(buffer)
         for span in self._spans[part]:
-            descriptor, direct = self._open(span.file)
-            size = os.fstat(descriptor).st_size
+            if span.file not in self._files:
+                self._files[span.file] = OpenFile(span.file)
+            file = self._files[span.file]
             for begin in range(span.begin, span.end, PIECE_BYTES):
                 end = min(begin + PIECE_BYTES, span.end)
                 at = span.at + begin - span.begin
-                got = os.preadv(descriptor, [view[at : at + end - begin]], begin)
-                if got < min(end, size) - begin:
-                    raise BadCheckpoint(f"{span.file} ends at byte {begin + got}; fetch it again")
-                self.bytes_read += got
-            if self.past_cache and not direct:
-                length = span.end - span.begin
-                os.posix_fadvise(descriptor, span.begin, length, os.POSIX_FADV_DONTNEED)
+                self.bytes_read += file.read(view[at : at + end - begin], begin)
 
-    def _open(self, file: Path) -> tuple[int, bool]:
-        if file not in self._files:
-            direct = self.past_cache
-            try:
-                descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-            except OSError:  # a file system without O_DIRECT
-                descriptor, direct = os.open(file, os.O_RDONLY), False
-            self._files[file] = (descriptor, direct)
-        return self._files[file]
+
+class OpenFile:
+    """A weight file, open for reads through the page cache and past it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cached = os.open(path, os.O_RDONLY)
+        self._size = os.fstat(self._cached).st_size
+        self._direct: int | None = None
+        with contextlib.suppress(OSError, AttributeError):  # a file or operating system without it
+            self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._cached)
+        if self._direct is not None:
+            os.close(self._direct)
+
+    def read(self, view: memoryview, offset: int) -> int:
+        """Fill a view that begins and ends on page boundaries, up to the file's end; gives bytes.
+
+        Raises BadCheckpoint when the file has become shorter.
+        """
+        wanted = min(len(view), self._size - offset)
+        got = 0
+        with contextlib.suppress(OSError, AttributeError):  # not cached, or no such call
+            got = os.preadv(self._cached, [view], offset, os.RWF_NOWAIT)
+        if got < wanted and self._direct is not None:
+            got = os.preadv(self._direct, [view], offset)
+        elif got < wanted:
+            got = os.preadv(self._cached, [view], offset)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._cached, offset, len(view), os.POSIX_FADV_DONTNEED)
+        if got < wanted:
+            raise BadCheckpoint(f"{self._path} ends at byte {offset + got}; fetch it again")
+        return got
+
+
+def _buffer(size: int) -> mmap.mmap:
+    """Page-aligned memory of this process alone, in huge pages where the system has them."""
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer

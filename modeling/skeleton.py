@@ -6,6 +6,7 @@ stands for a place on disk and holds nothing. Later a block's tensors are put in
 conversion, and taken out again.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
 
 from modeling.blocks import find_units
 from modeling.checkpoint import BadCheckpoint, Checkpoint, Place
@@ -109,6 +111,8 @@ def build_skeleton(
 
     Raises BadCheckpoint when tensors are missing or have another shape than the model's.
     """
+    transformers_logging.disable_progress_bar()  # of "Loading weights", once a block
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # no pool of threads for views
     state = {name: Unread(place) for name, place in checkpoint.tensors.items()}
     try:
         model, info = opener.from_pretrained(

@@ -53,6 +53,9 @@ class Weights(Protocol):
     def head(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Give the output head by pieces of vocabulary: first token, weight (V', D), bias (V',)."""
 
+    def close(self) -> None:
+        """Give up what is held open."""
+
 
 @dataclass(frozen=True)
 class Arrival:

@@ -17,7 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from modeling.blocks import find_units
 from modeling.checkpoint import read_checkpoint
 from modeling.loading import Location, open_model, weights_folder
-from modeling.memory import RESIDENT, Need, Plan, choose_engine, free_bytes, need_of
+from modeling.memory import RESIDENT, Plan, choose_engine, free_bytes, need_of
 from modeling.skeleton import OUTSIDE, build_skeleton
 from modeling.streaming import Passage, Weights
 from modeling.weights import Resident, Streamed
@@ -36,6 +36,10 @@ class Teacher:
         """Prepare batches of token ids (B, T) for their way through the model."""
         inputs: list[Mapping[str, Any]] = [{"input_ids": b, "use_cache": False} for b in batches]
         return Passage(self.model, self.blocks, self.weights, inputs)
+
+    def close(self) -> None:
+        """Give up what is held open; the model cannot be run any more when it was streamed."""
+        self.weights.close()
 
 
 def open_teacher(location: Location | Path, engine: str, batch_tokens: int, tokens: int) -> Teacher:
@@ -62,8 +66,7 @@ def open_teacher(location: Location | Path, engine: str, batch_tokens: int, toke
     if plan.engine == RESIDENT:
         model = open_model(folder)
         return Teacher(model, find_units(model), Resident(model), plan)
-    streamed = Streamed(skeleton, checkpoint, past_cache=_is_large(need))
-    return Teacher(skeleton.model, skeleton.blocks, streamed, plan)
+    return Teacher(skeleton.model, skeleton.blocks, Streamed(skeleton, checkpoint), plan)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -75,8 +78,3 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"{folder} is of a kind that this transformers does not know; code that comes with a "
             f"model is never run. ({str(error).splitlines()[0]})"
         ) from error
-
-
-def _is_large(need: Need) -> bool:
-    """Whether the weights would push everything else out of the page cache."""
-    return need.weights > free_bytes() // 2

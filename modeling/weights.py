@@ -1,15 +1,16 @@
 """Where a model's weights are while it runs: all in memory, or on disk and brought by blocks."""
 
 import mmap
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from modeling.checkpoint import Checkpoint, Place
-from modeling.reading import PAGE, Reader
+from modeling.reading import Reader
 from modeling.skeleton import OUTSIDE, Skeleton
 from modeling.streaming import linear_head
 
@@ -33,27 +34,37 @@ class Resident:
         head = linear_head(self._model)
         yield 0, head.weight, head.bias
 
+    def close(self) -> None:
+        """Nothing to end."""
+
 
 class Streamed:
-    """Weights come from disk, the next block while the present one computes.
+    """Weights come from disk, the next part while the present one computes.
 
-    What is no block (embedding, norm, head) is mapped into memory, not read: an embedding costs the
-    rows that are looked up, and the head one pass over its pages, which the system may drop again.
+    The head is read like a block, in pieces of vocabulary. The rest of what is no block (embedding,
+    norms) is mapped, not read: an embedding costs the rows that are looked up.
     """
 
-    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint, past_cache: bool) -> None:
+    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
         self.skeleton = skeleton
-        self.device = skeleton.model.device
         places = checkpoint.tensors
         outside = skeleton.parts.get(OUTSIDE, [])
-        self._map = FileMap(places[name] for name in outside)
-        skeleton.fill({name: self._map.tensor(places[name]) for name in outside})
+        mapped = {name: map_tensor(places[name]) for name in outside}
+        skeleton.fill(mapped)
         parts = {
             index: {name: places[name] for name in names}
             for index, names in skeleton.parts.items()
             if index != OUTSIDE
         }
-        self.reader = Reader(parts, past_cache)
+        self._blocks = len(skeleton.blocks)
+        head = linear_head(skeleton.model)
+        stored = (n for n in outside if head is not None and same_memory(mapped[n], head.weight))
+        name = next(stored, None)  # none where the head is computed in another type than stored
+        self._pieces = split_rows(places[name], PIECE_BYTES) if name else []
+        for number, piece in enumerate(self._pieces, start=self._blocks):
+            parts[number] = {"head": piece}
+        self.reader = Reader(parts)
+        self.reader.ahead(0)
 
     def enter(self, block: int) -> None:
         """Wait for a block, put it in place, and begin to read the next."""
@@ -68,41 +79,57 @@ class Streamed:
             self.reader.release(block)
 
     def head(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """The head a piece at a time."""
+        """The head a piece at a time; a piece is valid until the next."""
         head = linear_head(self.skeleton.model)
-        rows = max(1, PIECE_BYTES // (head.weight.shape[1] * head.weight.itemsize))
-        self._map.soon(head.weight)
-        for first in range(0, head.weight.shape[0], rows):
-            bias = None if head.bias is None else head.bias[first : first + rows]
-            yield first, head.weight[first : first + rows], bias
+        if not self._pieces:
+            yield 0, head.weight, head.bias
+            return
+        first = 0
+        for part, piece in enumerate(self._pieces, start=self._blocks):
+            weight = self.reader.get(part)["head"]
+            self.reader.ahead(part + 1)
+            last = first + piece.shape[0]
+            yield first, weight, None if head.bias is None else head.bias[first:last]
+            self.reader.release(part)
+            first = last
+
+    def close(self) -> None:
+        """Stop reading."""
+        self.reader.close()
 
 
-class FileMap:
-    """Tensors that lie in files and are paged in where they are touched."""
-
-    def __init__(self, places: Iterable[Place]) -> None:
-        self._maps: dict[Path, mmap.mmap] = {}
-        for place in places:
-            if place.file not in self._maps:
-                with place.file.open("rb") as stream:  # private: writing to it changes no file
-                    self._maps[place.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-
-    def soon(self, tensor: Tensor) -> None:
-        """Say that all of a tensor will be read in order, if it is one of these."""
-        for mapped in self._maps.values():
-            start = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
-            begin = tensor.data_ptr() - start
-            if 0 <= begin < len(mapped):
-                begin, end = begin // PAGE * PAGE, begin + tensor.nbytes
-                mapped.madvise(mmap.MADV_WILLNEED, begin, end - begin)
-
-    def tensor(self, place: Place) -> Tensor:
-        """A view of the file's bytes."""
-        if not place.size:
-            return torch.empty(place.shape, dtype=place.dtype)
+def map_tensor(place: Place) -> Tensor:
+    """A tensor that is paged in where it is touched; not to be written to."""
+    if not place.size:
+        return torch.empty(place.shape, dtype=place.dtype)
+    begin = place.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    length = place.offset + place.size - begin
+    with place.file.open("rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=begin)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
         raw = torch.frombuffer(
-            self._maps[place.file], dtype=torch.uint8, count=place.size, offset=place.offset
+            mapped, dtype=torch.uint8, count=place.size, offset=place.offset - begin
         )
-        if raw.data_ptr() % place.dtype.itemsize:
-            raw = raw.clone()
-        return raw.view(place.dtype).view(place.shape)
+    if raw.data_ptr() % place.dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(place.dtype).view(place.shape)
+
+
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same place."""
+    return one.dtype == other.dtype and one.data_ptr() == other.data_ptr()
+
+
+def split_rows(place: Place, size: int) -> list[Place]:
+    """Cut a matrix into pieces of whole rows, of about `size` bytes each."""
+    count = place.shape[0]
+    row = place.size // count
+    step = max(1, size // row)
+    return [
+        replace(
+            place, offset=place.offset + first * row, size=(min(count, first + step) - first) * row,
+            shape=(min(count, first + step) - first, *place.shape[1:]),
+        )
+        for first in range(0, count, step)
+    ]  # fmt: skip

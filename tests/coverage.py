@@ -13,7 +13,7 @@ import argparse
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,9 @@ def _compare(model_type: str, kind: type, folder: Path, inputs: list[Mapping[str
 
 
 @torch.no_grad()
-def whole_forward(model, inputs: list[Mapping[str, Any]]) -> tuple[Outputs, list[Tensor]]:
+def whole_forward(
+    model, inputs: list[Mapping[str, Any]], read: Callable[[Any], Tensor] = lambda out: out.logits
+) -> tuple[Outputs, list[Tensor]]:
     """Every block's last output, and the logits, by the model's normal forward."""
     outputs: Outputs = {}
     number = 0
@@ -97,7 +99,7 @@ def whole_forward(model, inputs: list[Mapping[str, Any]]) -> tuple[Outputs, list
         block.register_forward_hook(keep)
     logits = []
     for number, batch in enumerate(inputs):  # noqa: B007 (the hooks read it)
-        logits.append(model(**batch).logits)
+        logits.append(read(model(**batch)))
     return outputs, logits
 
 
@@ -109,7 +111,7 @@ def streamed(
     """The same by streaming; and a snapshot of the first batch being one block ahead at `stop`."""
     checkpoint = read_checkpoint(folder)
     skeleton = build_skeleton(kind, config, checkpoint, torch.float32)
-    weights = Streamed(skeleton, checkpoint, past_cache=False)
+    weights = Streamed(skeleton, checkpoint)
     passage = Passage(skeleton.model, skeleton.blocks, weights, inputs)
     if start:
         passage.restore(start)
@@ -120,10 +122,9 @@ def streamed(
             outputs[arrival.block, arrival.batch] = arrival.hidden.clone()
         if arrival.block == stop and arrival.batch == 0:
             snapshot = {name: tensor.clone() for name, tensor in passage.snapshot().items()}
-    weights.reader.close()
     if linear_head(passage.model) is None:
         return outputs, [forward.output.logits for forward in passage.forwards], snapshot
-    ((_, head, bias),) = weights.head()
+    (_, head, bias) = next(weights.head())
     logits = []
     for forward in passage.forwards:
         logits.append(forward.finish(linear(forward.normed, head, bias)).logits)
