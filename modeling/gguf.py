@@ -5,6 +5,8 @@ loader keeps all dequantised tensors in memory, four times the file at 4 bits.
 """
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,50 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
     get_gguf_hf_weights_map,
     load_gguf_checkpoint,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 SHARD_BYTES = 1 << 30
+OTHER_NAMES = {  # llama.cpp's name -> transformers', where they differ by more than punctuation
+    "command-r": "cohere", "deepseek2": "deepseek_v2", "deepseek2-ocr": "deepseek_ocr2",
+    "gemma-embedding": "gemma3_text", "glm-dsa": "glm_moe_dsa", "granitehybrid": "granitemoehybrid",
+    "hunyuan-dense": "hunyuan_v1_dense", "hunyuan-moe": "hunyuan_v1_moe",
+    "jina-bert-v3": "jina_embeddings_v3", "llama-embed": "llama", "mimo2": "mimo_v2_flash",
+    "nemotron_h_moe": "nemotron_h", "nomic-bert-moe": "nomic_bert", "paddleocr": "paddleocr_vl",
+    "phi2": "phi", "starcoder": "gpt_bigcode", "step35": "step3p5", "t5encoder": "t5",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture that llama.cpp knows, and what transformers makes of it."""
+
+    name: str  # general.architecture of the file
+    model_type: str | None  # of transformers; None where it has no such class
+    opens: bool  # whether its files can be converted; else take the model's safetensors
+
+
+def architectures() -> list[Architecture]:
+    """Every architecture of the installed gguf package, which follows llama.cpp's list."""
+    from gguf.constants import MODEL_ARCH_NAMES
+
+    known = {_plain(name): name for name in CONFIG_MAPPING_NAMES}
+    opened = {_plain(name) for name in (*GGUF_CONFIG_MAPPING, *GGUF_CONFIG_ARCHS)}
+    return [
+        Architecture(name, OTHER_NAMES.get(name) or known.get(_plain(name)), _plain(name) in opened)
+        for name in MODEL_ARCH_NAMES.values()
+    ]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]", "", name.lower())
 
 
 def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -28,7 +66,13 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
     Raises ValueError for an architecture that transformers does not read from GGUF.
     """
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    config = AutoConfig.from_pretrained(**source)
+    try:
+        config = AutoConfig.from_pretrained(**source)
+    except ValueError as error:  # "GGUF model with architecture ... is not supported yet"
+        raise ValueError(
+            f"{file.name} cannot be converted: {error} Take the model's safetensors instead; "
+            "docs/architectures.md has what is read from GGUF"
+        ) from error
     config.dtype = dtype
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     with torch.device("meta"):

@@ -19,17 +19,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import linear
 
 from modeling.blocks import find_units
 from modeling.checkpoint import read_checkpoint
+from modeling.gguf import architectures
 from modeling.skeleton import build_skeleton
 from modeling.streaming import Passage, linear_head
 from modeling.weights import Streamed
 from tests.causal_lms import MODEL_TYPES, CannotBuild, tiny_inputs, tiny_model
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
+HEADING = """# Architectures
+
+Written by `python -m tests.coverage --write`; do not edit. transformers {version}.
+
+{all} causal-LM classes: {built} could be built tiny, {exact} of them stream **equal to the bit** to
+their normal forward (every block's output and the logits, float32 on a CPU, two batches of
+different shapes); {resumed} go on from stored states when they are interrupted, the others from
+their start. Encoders of text, images, video and speech, and encoder-decoders, pass through the
+same engine (tests/modeling/test_encoders.py).
+"""
+GGUF_HEADING = """
+## GGUF
+
+{all} architectures that the installed gguf package knows, as llama.cpp does. transformers has
+classes for {named}: those stream from safetensors. For {opened} it maps names and layouts from
+GGUF, so that a file of theirs can be opened as it is (converted once, a tensor at a time).
+"""
 FAULTS = (  # whatever a class of transformers raises is a finding
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
     RuntimeError, TypeError, ValueError,
@@ -146,6 +165,38 @@ def main() -> None:
         print(findings[-1], flush=True)
     exact = sum(finding.exact for finding in findings)
     print(f"{exact} of {len(findings)} exact")
+    if options.write:
+        TABLE.write_text(as_document(findings), encoding="utf-8")
+
+
+def as_document(findings: list[Finding]) -> str:
+    """The table of docs/architectures.md."""
+    built = [finding for finding in findings if finding.class_name]
+    exact = [finding for finding in findings if finding.exact]
+    known = architectures()
+    opened = sum(architecture.opens for architecture in known)
+    named = sum(architecture.model_type is not None for architecture in known)
+    lines = [
+        HEADING.format(
+            version=transformers.__version__,
+            all=len(findings),
+            built=len(built),
+            exact=len(exact),
+            resumed=sum(f.resumed == "exact" for f in findings),
+        ),
+        "| model type | class | streamed | interrupted, goes on | |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {f.model_type} | {f.class_name} | {'exact' if f.exact else 'no'} | {f.resumed} | "
+            f"{f.remark} |"
+            for f in findings
+        ),
+        GGUF_HEADING.format(all=len(known), named=named, opened=opened),
+        "| GGUF architecture | in transformers | from GGUF |",
+        "|---|---|---|",
+        *(f"| {a.name} | {a.model_type or ''} | {'yes' if a.opens else ''} |" for a in known),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
