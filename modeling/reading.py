@@ -4,14 +4,16 @@ A thread of its own reads with plain preadv into two page-aligned buffers that a
 page-aligned, so that O_DIRECT works, and reused, so that no memory is faulted in twice. Tensors
 that lie side by side in a file are read in one go, and handed out as views: nothing is copied.
 
-What the page cache holds already is taken from there; the rest goes past it (O_DIRECT where the
-file system has it, else pages are dropped after use). That pushes nothing else out of memory, and
+What the page cache holds already is taken from there; the rest goes past it, with O_DIRECT where
+the file system has it. That pushes nothing else out of memory, and
 costs 40 % of the time and a third of the CPU of filling the cache (benchmarks/streaming.py).
 """
 
 import contextlib
+import ctypes
 import mmap
 import os
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,7 +69,7 @@ class Reader:
         sizes = (sum(s.end - s.begin for s in spans) for spans in self._spans.values())
         size = max([PAGE, *sizes])
         self._free = [_buffer(size) for _ in range(2)]
-        self._used: dict[int, mmap.mmap] = {}
+        self._used: dict[int, Tensor] = {}
         self._pool = ThreadPoolExecutor(1, "reader")
         self._coming: dict[int, Future] = {}
         self._files: dict[Path, OpenFile] = {}
@@ -107,16 +109,10 @@ class Reader:
             for span in self._spans[part]
             if span.file == place.file and span.begin <= place.offset < max(span.end, 1)
         )
-        at = span.at + place.offset - span.begin
-        if not place.size:
-            return torch.empty(place.shape, dtype=place.dtype)
-        raw = torch.frombuffer(self._used[part], dtype=torch.uint8, count=place.size, offset=at)
-        if raw.data_ptr() % place.dtype.itemsize:
-            raw = raw.clone()
-        return raw.view(place.dtype).view(place.shape)
+        return view(self._used[part], place, span.at + place.offset - span.begin)
 
-    def _read(self, part: int, buffer: mmap.mmap) -> None:
-        view = memoryview(buffer)
+    def _read(self, part: int, buffer: Tensor) -> None:
+        memory = memoryview(buffer.numpy())
         for span in self._spans[part]:
             if span.file not in self._files:
                 self._files[span.file] = OpenFile(span.file)
@@ -124,7 +120,24 @@ class Reader:
             for begin in range(span.begin, span.end, PIECE_BYTES):
                 end = min(begin + PIECE_BYTES, span.end)
                 at = span.at + begin - span.begin
-                self.bytes_read += file.read(view[at : at + end - begin], begin)
+                self.bytes_read += file.read(memory[at : at + end - begin], begin)
+
+
+def view(memory: Tensor, place: Place, at: int) -> Tensor:
+    """A tensor in the bytes of a file or buffer, where they are; copied only when misaligned."""
+    raw = memory[at : at + place.size]
+    if raw.data_ptr() % place.dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(place.dtype).view(place.shape)
+
+
+def map_file(path: Path) -> Tensor:
+    """A file's bytes, paged in where they are touched; not to be written to."""
+    with path.open("rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 class OpenFile:
@@ -134,6 +147,7 @@ class OpenFile:
         self._path = path
         self._cached = os.open(path, os.O_RDONLY)
         self._size = os.fstat(self._cached).st_size
+        self._mapped = map_file(path)
         self._direct: int | None = None
         with contextlib.suppress(OSError, AttributeError):  # a file or operating system without it
             self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -150,24 +164,26 @@ class OpenFile:
         Raises BadCheckpoint when the file has become shorter.
         """
         wanted = min(len(view), self._size - offset)
-        got = 0
-        with contextlib.suppress(OSError, AttributeError):  # not cached, or no such call
-            got = os.preadv(self._cached, [view], offset, os.RWF_NOWAIT)
-        if got < wanted and self._direct is not None:
-            got = os.preadv(self._direct, [view], offset)
-        elif got < wanted:
+        if self._direct is None or self._is_cached(offset, wanted):
             got = os.preadv(self._cached, [view], offset)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._cached, offset, len(view), os.POSIX_FADV_DONTNEED)
+        else:
+            got = os.preadv(self._direct, [view], offset)
         if got < wanted:
             raise BadCheckpoint(f"{self._path} ends at byte {offset + got}; fetch it again")
         return got
 
+    def _is_cached(self, offset: int, size: int) -> bool:
+        """Whether the page cache holds all of a range; asking reads nothing."""
+        resident = ctypes.create_string_buffer(-(-size // PAGE))
+        address = ctypes.c_void_p(self._mapped.data_ptr() + offset)
+        failed = ctypes.CDLL(None).mincore(address, ctypes.c_size_t(size), resident)
+        return not failed and all(page & 1 for page in resident.raw)
 
-def _buffer(size: int) -> mmap.mmap:
+
+def _buffer(size: int) -> Tensor:
     """Page-aligned memory of this process alone, in huge pages where the system has them."""
     buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             buffer.madvise(mmap.MADV_HUGEPAGE)
-    return buffer
+    return torch.frombuffer(buffer, dtype=torch.uint8)

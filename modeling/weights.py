@@ -1,16 +1,13 @@
 """Where a model's weights are while it runs: all in memory, or on disk and brought by blocks."""
 
-import mmap
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from modeling.checkpoint import Checkpoint, Place
-from modeling.reading import Reader
+from modeling.reading import Reader, map_file, view
 from modeling.skeleton import OUTSIDE, Skeleton
 from modeling.streaming import linear_head
 
@@ -49,7 +46,7 @@ class Streamed:
         self.skeleton = skeleton
         places = checkpoint.tensors
         outside = skeleton.parts.get(OUTSIDE, [])
-        mapped = {name: map_tensor(places[name]) for name in outside}
+        mapped = map_tensors({name: places[name] for name in outside})
         skeleton.fill(mapped)
         parts = {
             index: {name: places[name] for name in names}
@@ -98,22 +95,10 @@ class Streamed:
         self.reader.close()
 
 
-def map_tensor(place: Place) -> Tensor:
-    """A tensor that is paged in where it is touched; not to be written to."""
-    if not place.size:
-        return torch.empty(place.shape, dtype=place.dtype)
-    begin = place.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    length = place.offset + place.size - begin
-    with place.file.open("rb") as stream:
-        mapped = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=begin)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        raw = torch.frombuffer(
-            mapped, dtype=torch.uint8, count=place.size, offset=place.offset - begin
-        )
-    if raw.data_ptr() % place.dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(place.dtype).view(place.shape)
+def map_tensors(places: dict[str, Place]) -> dict[str, Tensor]:
+    """Tensors that are paged in where they are touched; not to be written to."""
+    files = {place.file: map_file(place.file) for place in places.values()}
+    return {name: view(files[place.file], place, place.offset) for name, place in places.items()}
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
