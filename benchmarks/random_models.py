@@ -20,6 +20,7 @@ class Shape:
     kv_heads: int
     mlp: int
     vocabulary: int
+    sparse: bool = False  # the blocks' matrices are holes in the file: zeros that take no disk
 
     def config(self) -> dict:
         """As config.json says it."""
@@ -56,6 +57,7 @@ SHAPES = {
     "tiny": Shape(4, 128, 4, 2, 256, 16000),
     "1b": Shape(22, 2048, 32, 4, 5632, 32000),  # 1.1 billion parameters
     "3b": Shape(26, 3200, 32, 32, 8640, 32000),  # 3.4 billion
+    "70b": Shape(80, 8192, 64, 8, 28672, 128256, sparse=True),
 }
 
 
@@ -101,14 +103,16 @@ def _write(folder: Path, shape: Shape) -> None:
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(folder / name, shard, number)
+        _write_shard(folder / name, shard, number, shape.sparse)
         weight_map.update(dict.fromkeys((tensor[0] for tensor in shard), name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=1))
 
 
-def _write_shard(file: Path, tensors: list[tuple[str, tuple[int, ...], float]], seed: int) -> None:
+def _write_shard(
+    file: Path, tensors: list[tuple[str, tuple[int, ...], float]], seed: int, sparse: bool
+) -> None:
     """Write one file in the format that modeling/checkpoint.py describes."""
     import torch
 
@@ -123,9 +127,13 @@ def _write_shard(file: Path, tensors: list[tuple[str, tuple[int, ...], float]], 
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, shape, deviation in tensors:
+            if sparse and deviation and ".layers." in name:
+                stream.seek(2 * math.prod(shape), os.SEEK_CUR)
+                continue
             values = torch.ones(shape, dtype=torch.bfloat16)
             if deviation:
                 values.normal_(0, deviation, generator=generator)
             if name == "lm_head.weight":  # tokens differ in how likely they are: fewer ties
                 values *= torch.randn(shape[0], 1, generator=generator).exp_().bfloat16()
             stream.write(memoryview(values.view(torch.int16).numpy()))
+        stream.truncate()

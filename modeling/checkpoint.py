@@ -7,6 +7,7 @@ Nothing else is opened as weights: a pickle can run any code, so it is refused.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +68,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [folder / name for name in sorted(set(names))]
+        files = [folder / name for name in _names_in(index)]
         if missing := [file.name for file in files if not file.is_file()]:
             raise BadCheckpoint(
                 f"{folder} lacks {', '.join(missing)}, which its index names; fetch it again"
@@ -82,6 +82,14 @@ def _weight_files(folder: Path) -> list[Path]:
     raise BadCheckpoint(f"{folder} has no model.safetensors and no index of several")
 
 
+def _names_in(index: Path) -> list[str]:
+    """The files that an index names."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(index, "it holds no weight_map of tensors and files") from error
+
+
 def _read_header(file: Path) -> dict[str, Place]:
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -90,19 +98,31 @@ def _read_header(file: Path) -> dict[str, Place]:
             raise _damaged(file, f"its header would be {length} bytes of {size}")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise _damaged(file, "its header is not JSON") from error
-    header.pop("__metadata__", None)
-    places = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise BadCheckpoint(f"{file}: tensor '{name}' is {entry['dtype']}, unknown to torch")
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        if end > size:
-            raise _damaged(file, f"tensor '{name}' would end at byte {end} of {size}")
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        places[name] = Place(file, begin, end - begin, dtype, shape)
+            header.pop("__metadata__", None)
+            places = {name: _place(file, 8 + length, name, header[name]) for name in header}
+        except BadCheckpoint:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(file, "its header is not that of a safetensors file") from error
+    end = 8 + length
+    for name, place in sorted(places.items(), key=lambda item: (item[1].offset, item[1].size)):
+        if place.offset != end:  # a gap or an overlap; the safetensors library refuses them, too
+            raise _damaged(file, f"tensor '{name}' begins at byte {place.offset}, not at {end}")
+        end += place.size
+    if end != size:
+        raise _damaged(file, f"its tensors would end at byte {end} of {size}")
     return places
+
+
+def _place(file: Path, start: int, name: str, entry: dict) -> Place:
+    """Where a tensor lies whose header entry this is, in a file whose data begin at `start`."""
+    if entry["dtype"] not in DTYPES:
+        raise BadCheckpoint(f"{file}: tensor '{name}' is {entry['dtype']}, unknown to torch")
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise _damaged(file, f"tensor '{name}' is {dtype} of {shape}, but has {end - begin} bytes")
+    return Place(file, start + begin, end - begin, dtype, shape)
 
 
 def _damaged(file: Path, why: str) -> BadCheckpoint:

@@ -36,6 +36,7 @@ class Span:
     file: Path
     begin: int
     end: int
+    last: int  # where the last tensor ends, which may be the end of the file
     at: int  # where it goes in the buffer
 
 
@@ -43,15 +44,15 @@ def plan_spans(places: Iterable[Place]) -> list[Span]:
     """Merge tensors into as few reads as there are gaps between them."""
     merged: list[list] = []
     for place in sorted(places, key=lambda place: (place.file, place.offset)):
-        begin = place.offset // PAGE * PAGE
-        end = -(-(place.offset + place.size) // PAGE) * PAGE
+        begin, last = place.offset // PAGE * PAGE, place.offset + place.size
         if merged and merged[-1][0] == place.file and begin - merged[-1][2] <= GAP_BYTES:
-            merged[-1][2] = max(merged[-1][2], end)
+            merged[-1][2] = max(merged[-1][2], last)
         else:
-            merged.append([place.file, begin, end])
+            merged.append([place.file, begin, last])
     spans, at = [], 0
-    for file, begin, end in merged:
-        spans.append(Span(file, begin, end, at))
+    for file, begin, last in merged:
+        end = -(-last // PAGE) * PAGE
+        spans.append(Span(file, begin, end, last, at))
         at += end - begin
     return spans
 
@@ -104,10 +105,12 @@ class Reader:
         self._free.append(self._used.pop(part))
 
     def _view(self, part: int, place: Place) -> Tensor:
+        if not place.size:  # it may lie behind the last span
+            return torch.empty(place.shape, dtype=place.dtype)
         span = next(
             span
             for span in self._spans[part]
-            if span.file == place.file and span.begin <= place.offset < max(span.end, 1)
+            if span.file == place.file and span.begin <= place.offset < span.end
         )
         return view(self._used[part], place, span.at + place.offset - span.begin)
 
@@ -120,7 +123,8 @@ class Reader:
             for begin in range(span.begin, span.end, PIECE_BYTES):
                 end = min(begin + PIECE_BYTES, span.end)
                 at = span.at + begin - span.begin
-                self.bytes_read += file.read(memory[at : at + end - begin], begin)
+                wanted = min(end, span.last) - begin
+                self.bytes_read += file.read(memory[at : at + end - begin], begin, wanted)
 
 
 def view(memory: Tensor, place: Place, at: int) -> Tensor:
@@ -146,7 +150,6 @@ class OpenFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._cached = os.open(path, os.O_RDONLY)
-        self._size = os.fstat(self._cached).st_size
         self._mapped = map_file(path)
         self._direct: int | None = None
         with contextlib.suppress(OSError, AttributeError):  # a file or operating system without it
@@ -158,12 +161,11 @@ class OpenFile:
         if self._direct is not None:
             os.close(self._direct)
 
-    def read(self, view: memoryview, offset: int) -> int:
+    def read(self, view: memoryview, offset: int, wanted: int) -> int:
         """Fill a view that begins and ends on page boundaries, up to the file's end; gives bytes.
 
-        Raises BadCheckpoint when the file has become shorter.
+        Raises BadCheckpoint when there are less than `wanted`: the file has become shorter.
         """
-        wanted = min(len(view), self._size - offset)
         if self._direct is None or self._is_cached(offset, wanted):
             got = os.preadv(self._cached, [view], offset)
         else:
