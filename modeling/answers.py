@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from modeling.losses import TINY, SparseTargets
-from modeling.streaming import Forward, Passage, linear_head
+from modeling.streaming import Forward, NotFinite, Passage, linear_head
 
 TOKENS = 512  # positions whose logits are computed at a time
 ROWS = 32  # of logits looked at in one go: 6 MB at V = 49,152
@@ -26,7 +26,7 @@ class Answers:
     """The K highest logits of N positions, over the pieces of vocabulary seen so far.
 
     ids (N, K) int64; top (N, K) float32 logits, highest first; rest (N,) float32, the log of the
-    summed exponentials of all others.
+    summed exponentials of all others. Fewer than K, while there were fewer tokens.
     """
 
     ids: Tensor
@@ -46,9 +46,8 @@ class Answers:
         columns = zip(*((part.ids, part.top, part.rest) for part in parts), strict=True)
         return cls(*(torch.cat(column) for column in columns))
 
-    def join(self, other: "Answers") -> "Answers":
-        """Take in another piece of the vocabulary."""
-        k = max(self.top.shape[-1], other.top.shape[-1])
+    def join(self, other: "Answers", k: int) -> "Answers":
+        """Take in another piece of the vocabulary, and keep k."""
         both = torch.cat([self.top, other.top], -1)
         top, order = both.sort(dim=-1, descending=True, stable=True)
         ids = torch.cat([self.ids, other.ids], -1).gather(-1, order)
@@ -66,25 +65,34 @@ class Answers:
 def read_answers(passage: Passage, k: int) -> Iterator[Answers]:
     """Give each batch's answers, when a passage has run up to the head; positions flattened.
 
-    The head is brought once, by pieces of vocabulary, and all batches meet each piece.
+    The head is brought once, by pieces of vocabulary, and all batches meet each piece. Raises
+    NotFinite.
     """
-    if linear_head(passage.model) is None:
-        yield from (Answers.of(f.output.logits.flatten(0, 1), k) for f in passage.forwards)
+    head = linear_head(passage.model)
+    if head is None:
+        for forward in passage.forwards:
+            yield _checked(Answers.of(forward.output.logits.flatten(0, 1), k), passage)
         return
     finish, by_pieces = _after_head(passage)
-    if not by_pieces:
-        pieces = list(passage.weights.head())
-        whole = torch.cat([weight for _, weight, _ in pieces])
-        bias = None if pieces[0][2] is None else torch.cat([piece[2] for piece in pieces])
-        pieces = [(0, whole, bias)]
     found: list[Answers | None] = [None] * len(passage.forwards)
-    for first, weight, bias in pieces if not by_pieces else passage.weights.head():
+    pieces = passage.weights.head() if by_pieces else [(0, head.weight, head.bias)]
+    for first, weight, bias in pieces:
         for number, forward in enumerate(passage.forwards):
             states = forward.normed.flatten(0, -2).split(TOKENS)
             parts = [Answers.of(finish(linear(x, weight, bias)), k, first) for x in states]
             here = Answers.together(parts)
-            found[number] = here if found[number] is None else found[number].join(here)
-    yield from found
+            found[number] = here if found[number] is None else found[number].join(here, k)
+    for answers in found:
+        yield _checked(answers, passage)
+
+
+def _checked(answers: Answers, passage: Passage) -> Answers:
+    if torch.isfinite(answers.top[:, 0]).all():  # NaN counts as the highest
+        return answers
+    raise NotFinite(
+        f"the logits of {type(passage.model).__name__} are not finite though all its blocks' "
+        "outputs are: its head or the norm before it is damaged"
+    )
 
 
 def logits_of(passage: Passage) -> Callable[[Forward, Tensor], Tensor]:

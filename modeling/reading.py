@@ -130,6 +130,8 @@ class Reader:
 def view(memory: Tensor, place: Place, at: int) -> Tensor:
     """A tensor in the bytes of a file or buffer, where they are; copied only when misaligned."""
     raw = memory[at : at + place.size]
+    if len(raw) < place.size:
+        raise BadCheckpoint(f"{place.file} ends before byte {at + place.size}; fetch it again")
     if raw.data_ptr() % place.dtype.itemsize:
         raw = raw.clone()
     return raw.view(place.dtype).view(place.shape)

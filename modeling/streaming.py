@@ -80,12 +80,15 @@ class Forward(greenlet):
         self.at: int | None = None
         self.done = -1  # the last block that is behind it
         self.skip = -1  # the last block that is not to be run
+        self.calls = 0  # of blocks so far; more than there are blocks, where one is called twice
+        self.done_call = 0  # the one that `done` was
         self._replaced: tuple[int, Tensor] | None = None
         self.hidden: Tensor | None = None
         self.normed: Tensor | None = None
         self.output: Any = None
         self.plain = True  # each block gets the very tensor that the one before gave
         self.width = 0  # of the tuple that blocks return; 0 for a bare tensor
+        self._beside: tuple = ()  # the rest of that tuple
 
     def advance(self, *given: Tensor) -> None:
         """Run on to the next stop, or to the end."""
@@ -93,7 +96,10 @@ class Forward(greenlet):
         self.at, self.output = (None, value) if self.dead else (value, None)
 
     def restore(self, done: int, hidden: Tensor | None, width: int) -> None:
-        """Before the first advance: run no block up to `done`, whose output is `hidden`."""
+        """Before the first advance: run no block up to `done`, whose output is `hidden`.
+
+        None for `hidden`: nor later, when the model comes back to one of them.
+        """
         self.done = self.skip = done
         self.hidden, self.width = hidden, width
 
@@ -102,38 +108,47 @@ class Forward(greenlet):
         self.advance(logits)
         return self.output
 
-    def replace(self, block: int, output: Tensor, width: int) -> None:
-        """Before the first advance: give `output` at a block instead of running it."""
-        self._replaced, self.width = (block, output), width
+    def replace(self, call: int, output: Tensor) -> None:
+        """Before the first advance: give `output` at a call instead of what the block gives.
+
+        It is run nevertheless: others may need what it leaves for them. What it gives beside the
+        hidden state comes from the block before, as if it were not there.
+        """
+        self._replaced = call, output
 
     def through_block(self, index: int, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Stand in for a block's forward."""
         given = args[0] if args else kwargs.get("hidden_states")
+        self.calls += 1
         if index <= self.skip:
             if index == self.skip and self.hidden is not None:
-                given = self.hidden
-            return self._as_output(given)
-        self.skip = -1
-        if self._replaced and index == self._replaced[0]:
-            self.hidden, self.done = self._replaced[1], index
-            return self._as_output(self.hidden)
+                self.skip, given = -1, self.hidden  # a model may come back to a block
+            return (given, *[None] * (self.width - 1)) if self.width else given
         if index:
             self.plain &= given is self.hidden
         else:
             self.hidden = given
+        self.plain &= index == self.done + 1
         self.plain &= not any(isinstance(value, SHARED) for value in kwargs.values())
         self.parent.switch(index)
         output = original(*args, **kwargs)
+        if self._replaced and self.calls == self._replaced[0]:
+            output = self._instead_of(output)
         self.width = len(output) if isinstance(output, (tuple, list)) else 0
-        self.plain &= index == self.done + 1 and type(output) in (tuple, Tensor)
+        self.plain &= type(output) in (tuple, Tensor)
         self.plain &= all(value is None for value in output[1:]) if self.width else True
         self.hidden = output[0] if self.width else output
-        self.done = index
+        self._beside = tuple(output[1:]) if self.width else ()
+        self.done, self.done_call = index, self.calls
         self.parent.switch(BEHIND)
         return output
 
-    def _as_output(self, hidden: Tensor) -> Any:
-        return (hidden, *[None] * (self.width - 1)) if self.width else hidden
+    def _instead_of(self, output: Any) -> Any:
+        _, hidden = self._replaced
+        if not isinstance(output, (tuple, list)):
+            return hidden
+        beside = len(output) - 1
+        return (hidden, *(self._beside if len(self._beside) == beside else [None] * beside))
 
     def at_head(self, normed: Tensor) -> Tensor:
         """Stand in for the output head: keep what it was given, and wait."""
@@ -164,27 +179,32 @@ class Passage:
             for number, forward in enumerate(self.forwards):
                 forward.advance()
                 if forward.at == 0:
+                    self._refuse_nan(-1, forward.hidden)
                     yield Arrival(-1, number, forward.hidden)
             while waiting := {f.at for f in self.forwards} - {None, HEAD}:
                 block = min(waiting)
                 self.weights.enter(block)
-                for number, forward in enumerate(self.forwards):
-                    if forward.at == block:
-                        forward.advance()
-                        self._refuse_nan(block, forward.hidden)
-                        yield Arrival(block, number, forward.hidden)
-                        forward.advance()
-                self.weights.leave(block)
+                try:
+                    for number, forward in enumerate(self.forwards):
+                        if forward.at == block:
+                            forward.advance()
+                            self._refuse_nan(block, forward.hidden)
+                            yield Arrival(block, number, forward.hidden)
+                            forward.advance()
+                finally:
+                    self.weights.leave(block)
 
     def _refuse_nan(self, block: int, hidden: Tensor) -> None:
         """Raise NotFinite, naming the tensors that are to blame."""
         if torch.isfinite(hidden).all():
             return
-        named = self.blocks[block].named_parameters()
+        source = self.blocks[block] if block >= 0 else self.model.get_input_embeddings()
+        named = source.named_parameters()
         bad = [name for name, tensor in named if not torch.isfinite(tensor).all()]
         blame = f"its {', '.join(bad)} hold NaN or infinity: the checkpoint is damaged"
         raise NotFinite(
-            f"what block {block} of {type(self.model).__name__} gives is not finite; "
+            f"what {f'block {block}' if block >= 0 else 'the embedding'} of "
+            f"{type(self.model).__name__} gives is not finite; "
             + (blame if bad else f"its weights are, so the states overflow in {hidden.dtype}")
         )
 
@@ -213,11 +233,13 @@ class Passage:
         state tells all, nothing before the block is computed again.
         """
         origin = self.forwards[batch]
+        if origin.done != block:
+            raise ValueError(f"batch {batch} is behind block {origin.done}, not behind {block}")
         forward = Forward(self.model, origin.inputs)
         if origin.plain:
             forward.restore(block, output, origin.width)
         else:
-            forward.replace(block, output, origin.width)
+            forward.replace(origin.done_call, output)
         self.forwards.append(forward)
         forward.advance()
         return forward
@@ -233,7 +255,7 @@ class Passage:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Where each batch is, to be given to `restore`; empty when that cannot be told."""
-        if not self.can_restore:
+        if not self.can_restore or any(forward.hidden is None for forward in self.forwards):
             return {}
         done = [forward.done for forward in self.forwards]
         states = {f"hidden.{n}": forward.hidden for n, forward in enumerate(self.forwards)}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling.checkpoint import Checkpoint, Place
@@ -27,9 +27,8 @@ class Resident:
         """Nothing to take away."""
 
     def head(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """The whole head in one piece."""
-        head = linear_head(self._model)
-        yield 0, head.weight, head.bias
+        """The head in the pieces that it would be streamed in, so that no answer differs."""
+        yield from pieces_in_memory(linear_head(self._model))
 
     def close(self) -> None:
         """Nothing to end."""
@@ -57,7 +56,7 @@ class Streamed:
         head = linear_head(skeleton.model)
         stored = (n for n in outside if head is not None and same_memory(mapped[n], head.weight))
         name = next(stored, None)  # none where the head is computed in another type than stored
-        self._pieces = split_rows(places[name], PIECE_BYTES) if name else []
+        self._pieces = pieces_on_disk(places[name]) if name else []
         for number, piece in enumerate(self._pieces, start=self._blocks):
             parts[number] = {"head": piece}
         self.reader = Reader(parts)
@@ -79,15 +78,17 @@ class Streamed:
         """The head a piece at a time; a piece is valid until the next."""
         head = linear_head(self.skeleton.model)
         if not self._pieces:
-            yield 0, head.weight, head.bias
+            yield from pieces_in_memory(head)
             return
         first = 0
         for part, piece in enumerate(self._pieces, start=self._blocks):
             weight = self.reader.get(part)["head"]
             self.reader.ahead(part + 1)
             last = first + piece.shape[0]
-            yield first, weight, None if head.bias is None else head.bias[first:last]
-            self.reader.release(part)
+            try:
+                yield first, weight, None if head.bias is None else head.bias[first:last]
+            finally:
+                self.reader.release(part)
             first = last
 
     def close(self) -> None:
@@ -103,18 +104,29 @@ def map_tensors(places: dict[str, Place]) -> dict[str, Tensor]:
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same numbers in the same place."""
-    return one.dtype == other.dtype and one.data_ptr() == other.data_ptr()
+    return (one.dtype, one.shape, one.data_ptr()) == (other.dtype, other.shape, other.data_ptr())
 
 
-def split_rows(place: Place, size: int) -> list[Place]:
-    """Cut a matrix into pieces of whole rows, of about `size` bytes each."""
-    count = place.shape[0]
-    row = place.size // count
-    step = max(1, size // row)
+def pieces_in_memory(head: nn.Linear) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """A head's pieces of vocabulary: first token, weight, bias."""
+    for rows in split_rows(head.weight.shape[0], head.weight.nbytes):
+        bias = None if head.bias is None else head.bias[rows.start : rows.stop]
+        yield rows.start, head.weight[rows.start : rows.stop], bias
+
+
+def pieces_on_disk(place: Place) -> list[Place]:
+    """The same pieces, where they lie in a file."""
+    row = place.size // place.shape[0]
     return [
         replace(
-            place, offset=place.offset + first * row, size=(min(count, first + step) - first) * row,
-            shape=(min(count, first + step) - first, *place.shape[1:]),
+            place, offset=place.offset + rows.start * row, size=len(rows) * row,
+            shape=(len(rows), *place.shape[1:]),
         )
-        for first in range(0, count, step)
+        for rows in split_rows(place.shape[0], place.size)
     ]  # fmt: skip
+
+
+def split_rows(count: int, size: int) -> list[range]:
+    """Cut a matrix of so many rows and bytes into pieces of whole rows."""
+    step = max(1, PIECE_BYTES * count // size)
+    return [range(first, min(first + step, count)) for first in range(0, count, step)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modeling.losses import TeacherView
-from modeling.streaming import Forward
+from modeling.streaming import Forward, NotFinite
 
 CHUNK_TOKENS = 512  # positions whose logits are compared at a time
 
@@ -26,9 +26,11 @@ class Judge:
         self._logits = logits
 
     def harm(self, changed: Forward) -> Tensor:
-        """KL(whole || changed) in nats a token, mean of each row: (B,)."""
+        """KL(whole || changed) in nats a token, mean of each row: (B,). Raises NotFinite."""
         pairs = zip(self.views, self.parts, strict=True)
         kl = torch.cat([view.kl(self._logits(changed, part)) for view, part in pairs])
+        if not torch.isfinite(kl).all():
+            raise NotFinite("the logits are not finite: the head or the norm before it is damaged")
         return kl.view(self.shape).mean(-1)
 
 
