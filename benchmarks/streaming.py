@@ -225,16 +225,23 @@ def agree(scratch: Path, reference: str, name: str) -> bool:
     )
     # where the reference has several highest, any of them is right: bfloat16 logits tie often
     same = ((ids == others[:, :1]) & (log_probs == log_probs[:, :1])).any(1).mean()
-    apart = abs(log_probs - their_log_probs).max()
+    apart = abs(log_probs - their_log_probs)  # a step of bfloat16 is 0.25 for logits from 32 on
     tails = abs(tail - their_tail).max()
     strayed = max(
         abs(ours - theirs).max() / ours.std()
         for ours, theirs in (states(number) for number in range(3))
     )
-    sound = same > 0.99 and apart < 0.1 and tails < 0.01 and strayed < 0.1
+    sound = (
+        same > 0.99
+        and apart.mean() < 0.01
+        and apart.max() <= 0.5
+        and tails < 0.01
+        and strayed < 0.1
+    )
     print(
         f"{'agree' if sound else 'DIFFER'}: {name} and {reference}: top-1 of {same:.2%} of "
-        f"{len(ids)} positions; log-probs differ by {apart:.4f} at most, tails by {tails:.5f}; "
+        f"{len(ids)} positions; log-probs differ by {apart.mean():.5f}, {apart.max():.3f} at most, "
+        f"tails by {tails:.5f}; "
         f"hidden states by {strayed:.4f} of their deviation"
     )
     return bool(sound)

@@ -26,7 +26,8 @@ class Answers:
     """The K highest logits of N positions, over the pieces of vocabulary seen so far.
 
     ids (N, K) int64; top (N, K) float32 logits, highest first; rest (N,) float32, the log of the
-    summed exponentials of all others. Fewer than K, while there were fewer tokens.
+    summed exponentials of all others, less the highest logit: large logits cost no precision.
+    Fewer than K, while there were fewer tokens.
     """
 
     ids: Tensor
@@ -51,14 +52,17 @@ class Answers:
         both = torch.cat([self.top, other.top], -1)
         top, order = both.sort(dim=-1, descending=True, stable=True)
         ids = torch.cat([self.ids, other.ids], -1).gather(-1, order)
-        rest = torch.stack([self.rest, other.rest, top[:, k:].logsumexp(-1)]).logsumexp(0)
-        return Answers(ids[:, :k], top[:, :k], rest)
+        highest = _highest(top)
+        rests = [part.rest + (part.top[:, 0] - highest) for part in (self, other)]
+        dropped = (top[:, k:] - highest[:, None]).logsumexp(-1)
+        return Answers(ids[:, :k], top[:, :k], torch.stack([*rests, dropped]).logsumexp(0))
 
     def targets(self) -> SparseTargets:
         """As probabilities: log-probabilities of the K, and the mass outside them."""
-        log_z = torch.logaddexp(self.top.logsumexp(-1), self.rest)
+        top = self.top - self.top[:, :1]
+        log_z = torch.logaddexp(top.logsumexp(-1), self.rest)
         tail = (self.rest - log_z).exp().clamp_min(TINY)  # not 1 - sum: that cancels
-        return SparseTargets(self.ids, self.top - log_z[:, None], tail)
+        return SparseTargets(self.ids, top - log_z[:, None], tail)
 
 
 @torch.no_grad()
@@ -113,24 +117,27 @@ def _after_head(passage: Passage) -> tuple[Callable[[Tensor], Tensor], bool]:
     head = linear_head(passage.model).weight
     finish = passage.after_head()
     probe = torch.linspace(-90, 90, head.shape[0], device=head.device, dtype=head.dtype)[None]
-    done = finish(probe)
+    done = finish(probe.clone())  # a model may write into what it is given
     if torch.equal(done, probe):
         return lambda logits: logits, True
-    half = head.shape[0] // 2
     try:
-        halves = torch.cat([finish(probe[:, :half]), finish(probe[:, half:])], -1)
+        halves = torch.cat([finish(part.clone()) for part in probe.chunk(2, -1)], -1)
     except (RuntimeError, IndexError):  # it names tokens
         return finish, False
     return finish, torch.equal(halves, done)
 
 
 def _look(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, logits of the top k, and the log of the others' summed exponentials: (n, V) each row."""
+    """Ids and logits of the top k, and the log of the others' sum as Answers has it, of (n, V)."""
     ids = _top_ids(logits, min(k, logits.shape[-1]))
     top, order = logits.gather(-1, ids).float().sort(dim=-1, descending=True, stable=True)
-    highest = top[:, :1]
-    powers = (logits.float() - highest).exp_().scatter_(-1, ids, 0.0)
-    return ids.gather(-1, order), top, powers.sum(-1).log() + highest[:, 0]
+    powers = (logits.float() - _highest(top)[:, None]).exp_().scatter_(-1, ids, 0.0)
+    return ids.gather(-1, order), top, powers.sum(-1).log()
+
+
+def _highest(top: Tensor) -> Tensor:
+    """The first column, finite though no token of a piece may be possible: (n, k) -> (n,)."""
+    return top[:, 0].clamp_min(torch.finfo(top.dtype).min)
 
 
 def _top_ids(logits: Tensor, k: int) -> Tensor:

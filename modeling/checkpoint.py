@@ -68,7 +68,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        files = [folder / name for name in _names_in(index)]
+        files = _files_of(index)
         if missing := [file.name for file in files if not file.is_file()]:
             raise BadCheckpoint(
                 f"{folder} lacks {', '.join(missing)}, which its index names; fetch it again"
@@ -82,10 +82,11 @@ def _weight_files(folder: Path) -> list[Path]:
     raise BadCheckpoint(f"{folder} has no model.safetensors and no index of several")
 
 
-def _names_in(index: Path) -> list[str]:
+def _files_of(index: Path) -> list[Path]:
     """The files that an index names."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [index.parent / name for name in sorted(set(names))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(index, "it holds no weight_map of tensors and files") from error
 

@@ -5,6 +5,7 @@ the sizes are those of the tensors on disk in the type that they will have in me
 """
 
 import resource
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +15,13 @@ import psutil
 if TYPE_CHECKING:
     import torch
 
-    from modeling.checkpoint import Checkpoint
+    from modeling.checkpoint import Checkpoint, Place
 
 GIB = 1 << 30
-RESERVE_BYTES = 400 << 20  # for Python, torch and what else a stage has
+RESERVE_BYTES = 200 << 20  # for what else a stage has, once its imports are done
 RESIDENT, STREAMED = "resident", "streamed"
 ENGINES = ("auto", RESIDENT, STREAMED)
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Need:
     """What running a data set through a model takes, in bytes."""
 
     weights: int  # all of them, in the type they are computed in
-    two_blocks: int  # the largest one twice: in use and being read
+    blocks: int  # the largest one twice, in use and being read; and what of it has to be converted
     work: int  # activations of a batch and its logits
     token: int  # what one token leaves in memory while it is under way
     batch_tokens: int  # in one batch
@@ -42,11 +43,11 @@ class Need:
     @property
     def streamed(self) -> int:
         """With two blocks in memory, and one batch under way."""
-        return self.two_blocks + self.work + self.token * self.batch_tokens + RESERVE_BYTES
+        return self.blocks + self.work + self.token * self.batch_tokens + RESERVE_BYTES
 
     def tokens_at_once(self, free: int) -> int:
         """How many tokens can be under way together when streamed."""
-        left = free - self.two_blocks - self.work - RESERVE_BYTES
+        left = free - self.blocks - self.work - RESERVE_BYTES
         return max(self.batch_tokens, min(self.tokens, left // self.token))
 
 
@@ -64,30 +65,49 @@ class WillNotFit(MemoryError):
 
 
 def need_of(
-    checkpoint: "Checkpoint", blocks: list[list[str]], dtype: "torch.dtype", batch_tokens: int,
-    tokens: int, width: int, vocabulary: int,
+    checkpoint: "Checkpoint", blocks: list[list[str]], fused: Collection[str],
+    dtype: "torch.dtype", batch_tokens: int, tokens: int, width: int, vocabulary: int,
 ) -> Need:  # fmt: skip
     """Add up what a model needs.
 
-    blocks: the checkpoint's tensor names by block.  batch_tokens: in one batch.  tokens: of all
-    data.  width, vocabulary: of the model.
+    blocks: the checkpoint's tensor names by block.  fused: those that are joined with others.
+    batch_tokens: in one batch.  tokens: of all data.  width, vocabulary: of the model.
     """
 
-    def size(names: list[str]) -> int:
-        return sum(_bytes_in_memory(checkpoint, name, dtype) for name in names)
+    def read(names: Collection[str]) -> int:
+        return sum(checkpoint.tensors[name].size for name in names)
 
-    largest = max((size(names) for names in blocks), default=0)
+    def converted(names: Collection[str]) -> int:
+        return sum(_bytes_of_copies(checkpoint, name, name in fused, dtype) for name in names)
+
+    outside = set(checkpoint.tensors).difference(*blocks)
+    two = 2 * max(map(read, blocks), default=0)
+    copies = max(map(converted, blocks), default=0) + converted(outside)
     work = batch_tokens * (width * 64 + min(vocabulary, 1 << 16) * 2)
     token = 3 * width * dtype.itemsize  # a hidden state, what the head gets, what else is kept
-    weights = size(list(checkpoint.tensors))
-    return Need(weights, 2 * largest, work, token, batch_tokens, tokens)
+    weights = sum(_bytes_in_memory(checkpoint, name, dtype) for name in checkpoint.tensors)
+    return Need(weights, two + copies, work, token, batch_tokens, tokens)
+
+
+def _bytes_of_copies(checkpoint: "Checkpoint", name: str, fused: bool, dtype: "torch.dtype") -> int:
+    """What a tensor takes beside its place in the buffer, when it is put into the model."""
+    in_memory = _bytes_in_memory(checkpoint, name, dtype)
+    if fused:
+        return 2 * in_memory  # stacked, then joined
+    return in_memory if _is_cast(checkpoint.tensors[name], dtype) else 0
 
 
 def _bytes_in_memory(checkpoint: "Checkpoint", name: str, dtype: "torch.dtype") -> int:
     place = checkpoint.tensors[name]
-    if place.dtype.is_floating_point and place.dtype.itemsize > 1:
+    if _is_cast(place, dtype):
         return place.size // place.dtype.itemsize * dtype.itemsize
     return place.size
+
+
+def _is_cast(place: "Place", dtype: "torch.dtype") -> bool:
+    """Whether a tensor is computed in another type than it is stored in."""
+    is_float = place.dtype.is_floating_point and place.dtype.itemsize > 1
+    return is_float and place.dtype != dtype
 
 
 def free_bytes() -> int:
@@ -103,7 +123,8 @@ def free_bytes() -> int:
 def _cgroups() -> list[Path]:
     """The control groups that this process is in and those around them, of version 1 and 2."""
     found = []
-    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+    lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines() if OWN_CGROUPS.is_file() else []
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
             root = CGROUPS / "memory" if controllers else CGROUPS
@@ -141,7 +162,7 @@ def choose_engine(need: Need, wanted: str, free: int) -> Plan:
     if need.streamed > free:
         raise WillNotFit(
             f"not even one block at a time fits ({numbers}): a block in use and one being read are "
-            f"{need.two_blocks / GIB:.2f} GiB, a batch of {need.batch_tokens} tokens "
+            f"{need.blocks / GIB:.2f} GiB, a batch of {need.batch_tokens} tokens "
             f"{(need.work + need.token * need.batch_tokens) / GIB:.2f} GiB; lower batch_rows, or "
             f"free {(need.streamed - free) / GIB:.1f} GiB"
         )

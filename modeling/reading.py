@@ -139,6 +139,8 @@ def view(memory: Tensor, place: Place, at: int) -> Tensor:
 
 def map_file(path: Path) -> Tensor:
     """A file's bytes, paged in where they are touched; not to be written to."""
+    if not path.stat().st_size:
+        raise BadCheckpoint(f"{path} is empty; fetch it again")
     with path.open("rb") as stream:
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():
@@ -151,8 +153,8 @@ class OpenFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._cached = os.open(path, os.O_RDONLY)
         self._mapped = map_file(path)
+        self._cached = os.open(path, os.O_RDONLY)
         self._direct: int | None = None
         with contextlib.suppress(OSError, AttributeError):  # a file or operating system without it
             self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)

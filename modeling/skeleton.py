@@ -58,12 +58,14 @@ class Unread:
 class Skeleton:
     """A model whose parameters hold nothing until `fill` is called for their part.
 
-    parts: block index (or OUTSIDE) -> names of the checkpoint's tensors.
+    parts: block index (or OUTSIDE) -> names of the checkpoint's tensors.  fused: those that the
+    model holds joined with others, or cut up.
     """
 
     model: PreTrainedModel
     blocks: list[nn.Module]
     parts: dict[int, list[str]]
+    fused: set[str]
 
     def __post_init__(self) -> None:
         self._loading = LoadStateDictConfig(
@@ -126,7 +128,7 @@ def build_skeleton(
         ) from error
     _refuse_gaps(model, info, checkpoint)
     model.eval().requires_grad_(False)
-    return Skeleton(model, find_units(model), _parts(model, checkpoint.tensors))
+    return Skeleton(model, find_units(model), *_parts(model, checkpoint.tensors))
 
 
 def _refuse_gaps(model: PreTrainedModel, info: dict, checkpoint: Checkpoint) -> None:
@@ -147,21 +149,26 @@ def _conversions(model: PreTrainedModel) -> list:
     return get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
 
 
-def _parts(model: PreTrainedModel, names: Iterable[str]) -> dict[int, list[str]]:
-    """Sort the checkpoint's tensors by block; one that several blocks share is OUTSIDE."""
+def _parts(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[int, list[str]], set[str]]:
+    """Sort the checkpoint's tensors by block, and find those that are fused; one that several
+    blocks share is OUTSIDE."""
     owners = _owners(model)
     conversions = _conversions(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     known = model.state_dict()
     parts: dict[int, list[str]] = defaultdict(list)
+    fused = set()
     for name in names:
-        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        target, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, known
+        )
         if target not in known and name in known:
-            target = name
+            target, pattern = name, None
         if target in known:  # else the model has no use for it
             parts[owners.get(target, OUTSIDE)].append(name)
-    return dict(parts)
+            fused |= {name} if pattern else set()
+    return dict(parts), fused
 
 
 def _owners(model: PreTrainedModel) -> dict[str, int]:

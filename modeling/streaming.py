@@ -124,7 +124,7 @@ class Forward(greenlet):
             if index == self.skip and self.hidden is not None:
                 self.skip, given = -1, self.hidden  # a model may come back to a block
             return (given, *[None] * (self.width - 1)) if self.width else given
-        if index:
+        if self.done >= 0:
             self.plain &= given is self.hidden
         else:
             self.hidden = given

@@ -5,7 +5,7 @@ at a time (streaming.py). Both run the model's own code on the same batches, so 
 no result.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 from modeling.blocks import find_units
 from modeling.checkpoint import read_checkpoint
 from modeling.loading import Location, open_model, weights_folder
-from modeling.memory import RESIDENT, Plan, choose_engine, free_bytes, need_of
-from modeling.skeleton import OUTSIDE, build_skeleton
+from modeling.memory import RESIDENT, STREAMED, Plan, choose_engine, free_bytes, need_of
+from modeling.skeleton import OUTSIDE, CannotStream, build_skeleton
 from modeling.streaming import Passage, Weights
 from modeling.weights import Resident, Streamed
 
@@ -46,8 +46,8 @@ def open_teacher(location: Location | Path, engine: str, batch_tokens: int, toke
     """Open a causal language model in bfloat16 with the engine that fits, or the one asked for.
 
     batch_tokens: tokens of one batch.  tokens: of all data.
-    Raises WillNotFit, BadCheckpoint, ValueError for a model that is no causal language model, and
-    FileNotFoundError when it is not there.
+    Raises WillNotFit, CannotStream, BadCheckpoint, ValueError for a model that is no causal
+    language model, and FileNotFoundError when it is not there.
     """
     folder = weights_folder(location)
     config = read_config(folder)
@@ -56,12 +56,20 @@ def open_teacher(location: Location | Path, engine: str, batch_tokens: int, toke
         raise ValueError(f"{folder} holds a {config.model_type}, which is no causal language model")
     kind = kind[0] if isinstance(kind, tuple) else kind
     checkpoint = read_checkpoint(folder)
-    skeleton = build_skeleton(kind, config, checkpoint, torch.bfloat16)
+    fused: Collection[str] = ()
+    try:
+        skeleton = build_skeleton(kind, config, checkpoint, torch.bfloat16)
+        blocks = [names for part, names in skeleton.parts.items() if part != OUTSIDE]
+        fused = skeleton.fused
+    except CannotStream:
+        if engine == STREAMED:
+            raise
+        blocks = [list(checkpoint.tensors)]  # as if it were one block: it is never streamed
     text = config.get_text_config()
-    blocks = [names for part, names in skeleton.parts.items() if part != OUTSIDE]
     need = need_of(
-        checkpoint, blocks, torch.bfloat16, batch_tokens, tokens, text.hidden_size, text.vocab_size
-    )
+        checkpoint, blocks, fused, torch.bfloat16, batch_tokens, tokens, text.hidden_size,
+        text.vocab_size,
+    )  # fmt: skip
     plan = choose_engine(need, engine, free_bytes())
     if plan.engine == RESIDENT:
         model = open_model(folder)
