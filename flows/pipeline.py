@@ -4,9 +4,9 @@ DVC decides whether a stage must run; Prefect decides when: order, parallel bran
 its UI. Prefect's own caching is off. What is not stale starts no process, and when nothing is
 stale no Prefect either.
 
-Without PREFECT_API_URL a server of our own runs for as long as the flow does and dies with it: 3 s,
-against 5 s for Prefect's ephemeral one (benchmarks/overheads.py), which moreover outlives a
-kill -9. With PREFECT_API_URL the runs go to that server.
+Without PREFECT_API_URL a server of our own runs for as long as the flow does and dies with it.
+Prefect's ephemeral one starts 3 s sooner (benchmarks/overheads.py), but outlives a kill -9 and
+goes on holding its database. With PREFECT_API_URL the runs go to that server.
 """
 
 import contextlib

@@ -130,18 +130,18 @@ class TeacherView:
 
     def kl(self, logits: Tensor) -> Tensor:
         """KL(teacher || student) in nats over the full vocabulary: logits (N, V) -> (N,)."""
-        return torch.cat([kl for kl, _, _ in self._rows(logits)])
+        return torch.cat([kl for kl, _ in self._rows(logits)])
 
     def scores(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """KL, the student's cross-entropy (nats), and top-1 agreement (0 or 1); (N,) each."""
-        kl, log_z, choice = (torch.cat(column) for column in zip(*self._rows(logits), strict=True))
+        kl, log_z = (torch.cat(column) for column in zip(*self._rows(logits), strict=True))
         ce = log_z - logits.gather(-1, labels[:, None])[:, 0].float()
-        return kl, ce, (choice == self.choice).float()
+        return kl, ce, (logits.argmax(-1) == self.choice).float()
 
-    def _rows(self, logits: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """KL, log of the normaliser, and most likely token, some rows at a time."""
+    def _rows(self, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """KL and the log of the normaliser, some rows at a time."""
         pieces = (self.probs.split(ROWS), self.negative_entropy.split(ROWS), logits.split(ROWS))
         for probs, negative_entropy, part in zip(*pieces, strict=True):
             z = part.float()
             log_z = z.logsumexp(-1)
-            yield negative_entropy - (probs * z).sum(-1) + log_z, log_z, part.argmax(-1)
+            yield negative_entropy - (probs * z).sum(-1) + log_z, log_z

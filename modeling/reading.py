@@ -155,6 +155,7 @@ class OpenFile:
         self._path = path
         self._mapped = map_file(path)
         self._cached = os.open(path, os.O_RDONLY)
+        self._tells = os.access(path, os.W_OK) or path.stat().st_uid == os.geteuid()
         self._direct: int | None = None
         with contextlib.suppress(OSError, AttributeError):  # a file or operating system without it
             self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -170,16 +171,22 @@ class OpenFile:
 
         Raises BadCheckpoint when there are less than `wanted`: the file has become shorter.
         """
-        if self._direct is None or self._is_cached(offset, wanted):
-            got = os.preadv(self._cached, [view], offset)
-        else:
+        got = 0
+        if self._direct is not None and not self._is_cached(offset, wanted):
             got = os.preadv(self._direct, [view], offset)
+        while got < wanted and (more := os.preadv(self._cached, [view[got:]], offset + got)):
+            got += more  # a network's file system may give less than there is
         if got < wanted:
             raise BadCheckpoint(f"{self._path} ends at byte {offset + got}; fetch it again")
         return got
 
     def _is_cached(self, offset: int, size: int) -> bool:
-        """Whether the page cache holds all of a range; asking reads nothing."""
+        """Whether the page cache holds all of a range; asking reads nothing.
+
+        Of files that are neither ours nor writable, Linux says that all is cached.
+        """
+        if not self._tells:
+            return False
         resident = ctypes.create_string_buffer(-(-size // PAGE))
         address = ctypes.c_void_p(self._mapped.data_ptr() + offset)
         failed = ctypes.CDLL(None).mincore(address, ctypes.c_size_t(size), resident)
