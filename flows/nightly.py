@@ -12,7 +12,6 @@ pipeline's lock held is skipped.
 
 import argparse
 import sys
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from prefect.flows import EntrypointType
 from prefect.states import Cancelled, Completed, Failed
 from rich.console import Console
 
+from flows.champion import Verdict, compare
 from flows.environment import prepare_environment
 from flows.lock import Held, PipelineLock
 from flows.pipeline import prefect_server
@@ -30,14 +30,6 @@ from flows.plan import read_metrics
 from flows.run import Request, Summary, run_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How tonight's student compares with the champion."""
-
-    kind: str  # "promoted", "kept" or "regression"
-    sentence: str
 
 
 @flow(name="nightly", validate_parameters=False, persist_result=False)
@@ -74,22 +66,6 @@ def judge(root: Path, summary: Summary) -> Verdict:
         version = promote(root, summary.run_id, student, {metric: values[metric]})
         verdict = Verdict("promoted", f"{verdict.sentence}; it is version {version}")
     return verdict
-
-
-def compare(metric: str, values: dict[str, float], champion: float | None) -> Verdict:
-    """Judge tonight's metrics against the champion's value; lower is better."""
-    tonight, low = values[metric], values[f"{metric}_low"]
-    if champion is None:
-        return Verdict("promoted", f"{metric} {tonight:.4f}: the first champion")
-    if tonight < champion:
-        return Verdict("promoted", f"{metric} {tonight:.4f} beats the champion's {champion:.4f}")
-    if low > champion:
-        return Verdict(
-            "regression",
-            f"{metric} {tonight:.4f} is worse than the champion's {champion:.4f}, which lies below "
-            f"its 95 % interval (from {low:.4f})",
-        )
-    return Verdict("kept", f"{metric} {tonight:.4f} is not clearly other than {champion:.4f}")
 
 
 def main(arguments: list[str]) -> None:

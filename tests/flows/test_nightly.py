@@ -6,45 +6,33 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.environment import prepare_environment
+from flows.champion import compare
 
 ROOT = Path(__file__).resolve().parents[2]
 METRIC = "student.python-docs.perplexity"
-
-pytestmark = pytest.mark.slow  # importing Prefect takes seconds
-
-
-@pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """flows.nightly.compare, imported when Prefect's files are to lie in a folder of the test."""
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    prepare_environment(tmp_path)
-    from flows.nightly import compare
-
-    return compare
 
 
 def night(value: float, low: float) -> dict[str, float]:
     return {METRIC: value, f"{METRIC}_low": low, f"{METRIC}_high": 2 * value - low}
 
 
-def test_the_first_student_is_the_champion(compare) -> None:
+def test_the_first_student_is_the_champion() -> None:
     verdict = compare(METRIC, night(9.0, 8.5), champion=None)
     assert verdict.kind == "promoted" and "first" in verdict.sentence
 
 
-def test_a_lower_value_is_promoted_and_the_sentence_has_both_values(compare) -> None:
+def test_a_lower_value_is_promoted_and_the_sentence_has_both_values() -> None:
     verdict = compare(METRIC, night(8.0, 7.5), champion=8.1)
     assert verdict.kind == "promoted"
     assert "8.0000" in verdict.sentence and "8.1000" in verdict.sentence
 
 
 @pytest.mark.parametrize("champion", [9.0, 8.7, 8.5])
-def test_a_champion_inside_the_interval_is_kept(compare, champion: float) -> None:
+def test_a_champion_inside_the_interval_is_kept(champion: float) -> None:
     assert compare(METRIC, night(9.0, 8.5), champion).kind == "kept"
 
 
-def test_a_champion_below_the_whole_interval_is_a_regression(compare) -> None:
+def test_a_champion_below_the_whole_interval_is_a_regression() -> None:
     verdict = compare(METRIC, night(9.0, 8.5), champion=8.4999)
     assert verdict.kind == "regression"
     assert "8.4999" in verdict.sentence and "8.5000" in verdict.sentence
