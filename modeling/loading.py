@@ -173,8 +173,9 @@ def _converted(file: Path, folder: Path) -> Path:
     try:
         convert_gguf(file, part)
         part.rename(folder)
-    except OSError:  # another process was faster, and its result is the same; or the disk is full
-        shutil.rmtree(part)
-        if not folder.is_dir():
+    except OSError:
+        if not folder.is_dir():  # else another process was faster, and its result is the same
             raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return folder

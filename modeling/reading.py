@@ -5,8 +5,8 @@ page-aligned, so that O_DIRECT works, and reused, so that no memory is faulted i
 that lie side by side in a file are read in one go, and handed out as views: nothing is copied.
 
 What the page cache holds already is taken from there; the rest goes past it, with O_DIRECT where
-the file system has it. That pushes nothing else out of memory, and
-costs 40 % of the time and a third of the CPU of filling the cache (benchmarks/streaming.py).
+the file system has it. That pushes nothing else out of memory, and costs 40 % of the time and a
+third of the CPU of filling the cache (benchmarks/streaming.py).
 """
 
 import contextlib

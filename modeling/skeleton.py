@@ -121,7 +121,9 @@ def build_skeleton(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except NotImplementedError as error:  # "cannot copy out of meta tensor"
+    except NotImplementedError as error:
+        if "meta tensor" not in str(error):  # torch's word for: there are no values to copy
+            raise
         raise CannotStream(
             f"a {config.model_type} cannot be streamed: transformers changes some of its tensors "
             "by their values while it loads them; it has to fit into memory"

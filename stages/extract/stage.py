@@ -71,6 +71,7 @@ def run(params: Params, job: Job) -> Metrics:
     check_fit(params, prefix, anchors, blocks, vocabulary)
     wanted = Wanted(params.top_k, prefix, anchors, read_subspaces(job.input("profile")))
     Extraction(teacher, rows, wanted, params.batch_rows, params.shard_rows, job).run()
+    teacher.close()
     fields = {"teacher": job.item, "prefix_blocks": prefix, "anchors": anchors}
     write_header(job.output, **fields, rows=len(rows), row_tokens=rows.shape[1])
     size = sum(path.stat().st_size for path in job.output.glob("*.safetensors"))

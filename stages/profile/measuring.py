@@ -25,11 +25,8 @@ from stages.profile.subspace import RunningCovariance, project, random_basis
 if TYPE_CHECKING:
     from stages.profile.stage import Params
 
-KINDS = (
-    "harm",
-    "kept",
-    "random",
-)  # block skipped; output projected onto its subspace, a random one
+# The block skipped; its output projected onto its subspace; and onto a random one.
+KINDS = ("harm", "kept", "random")
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def run(params: Params, job: Job) -> Metrics:
     teacher = open_teacher(location, params.engine, params.batch_rows * rows.shape[1], rows.numel())
     job.say(teacher.plan.sentence)
     found = Measuring(teacher, rows, params, job).run().tensors
+    teacher.close()
     blocks = summarise(found, params)
     subspaces = Subspaces(found["mean"], found["basis"], found["variance"])
     write_importance(job.output, blocks, subspaces)
