@@ -79,7 +79,7 @@ def read_answers(passage: Passage, k: int) -> Iterator[Answers]:
         return
     finish, by_pieces = _after_head(passage)
     found: list[Answers | None] = [None] * len(passage.forwards)
-    pieces = passage.weights.head() if by_pieces else [(0, head.weight, head.bias)]
+    pieces = passage.weights.head() if by_pieces else [(0, passage.weights.whole_head(), head.bias)]
     for first, weight, bias in pieces:
         for number, forward in enumerate(passage.forwards):
             states = forward.normed.flatten(0, -2).split(TOKENS)
@@ -105,9 +105,10 @@ def logits_of(passage: Passage) -> Callable[[Forward, Tensor], Tensor]:
     if head is None:
         return lambda forward, picks: forward.output.logits.flatten(0, -2)[picks]
     finish, _ = _after_head(passage)
+    weight = passage.weights.whole_head()
 
     def logits(forward: Forward, picks: Tensor) -> Tensor:
-        return finish(linear(forward.normed.flatten(0, -2)[picks], head.weight, head.bias))
+        return finish(linear(forward.normed.flatten(0, -2)[picks], weight, head.bias))
 
     return logits
 

@@ -23,8 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from modeling.backends import compute_dtype
 from registry.catalog import lookup
 from registry.records import Package, Teacher
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,10 @@ def find_anywhere(reference: str) -> Location:
     return locate(reference)
 
 
-def open_model(location: Location | Path) -> PreTrainedModel:
-    """Open a causal language model in bfloat16, in evaluation mode, on the CPU."""
-    model = _open(AutoModelForCausalLM, location, dtype=torch.bfloat16)
-    return model.eval().requires_grad_(False)
+def open_model(location: Location | Path, device: torch.device = CPU) -> PreTrainedModel:
+    """Open a causal language model in evaluation mode, in the type that the device is fast in."""
+    model = _open(AutoModelForCausalLM, location, dtype=compute_dtype(device))
+    return model.to(device).eval().requires_grad_(False)
 
 
 def open_tokenizer(location: Location | Path) -> PreTrainedTokenizerBase:

@@ -66,12 +66,14 @@ class WillNotFit(MemoryError):
 
 def need_of(
     checkpoint: "Checkpoint", blocks: list[list[str]], fused: Collection[str],
-    dtype: "torch.dtype", batch_tokens: int, tokens: int, width: int, vocabulary: int,
+    left: Collection[str], dtype: "torch.dtype", batch_tokens: int, tokens: int, width: int,
+    vocabulary: int,
 ) -> Need:  # fmt: skip
     """Add up what a model needs.
 
     blocks: the checkpoint's tensor names by block.  fused: those that are joined with others.
-    batch_tokens: in one batch.  tokens: of all data.  width, vocabulary: of the model.
+    left: those that stay on disk when streamed, though they are in no block.  batch_tokens: in one
+    batch.  tokens: of all data.  width, vocabulary: of the model.
     """
 
     def read(names: Collection[str]) -> int:
@@ -82,7 +84,7 @@ def need_of(
 
     outside = set(checkpoint.tensors).difference(*blocks)
     two = 2 * max(map(read, blocks), default=0)
-    copies = max(map(converted, blocks), default=0) + converted(outside)
+    copies = max(map(converted, blocks), default=0) + converted(outside.difference(left))
     work = batch_tokens * (width * 64 + min(vocabulary, 1 << 16) * 2)
     token = 3 * width * dtype.itemsize  # a hidden state, what the head gets, what else is kept
     weights = sum(_bytes_in_memory(checkpoint, name, dtype) for name in checkpoint.tensors)
@@ -110,14 +112,29 @@ def _is_cast(place: "Place", dtype: "torch.dtype") -> bool:
     return is_float and place.dtype != dtype
 
 
-def free_bytes() -> int:
-    """Memory that this process may still take: of the machine, its cgroup and its own limit."""
+def free_bytes(device: "torch.device | None" = None) -> int:
+    """Memory that this process may still take.
+
+    On a GPU: what is free there, up to this process's own share of it. On the CPU: of the machine,
+    its cgroup and its own limit.
+    """
+    if device is not None and device.type == "cuda":
+        return _free_on_gpu(device)
     free = [psutil.virtual_memory().available]
     free += [left for folder in _cgroups() if (left := _left_in(folder)) is not None]
     soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
     if soft != resource.RLIM_INFINITY:
         free.append(soft - psutil.Process().memory_info().data)
     return max(0, min(free))
+
+
+def _free_on_gpu(device: "torch.device") -> int:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return max(0, min(free + reserved - used, int(share * total) - used))
 
 
 def _cgroups() -> list[Path]:
@@ -145,8 +162,10 @@ def _left_in(folder: Path) -> int | None:
     return None
 
 
-def choose_engine(need: Need, wanted: str, free: int) -> Plan:
+def choose_engine(need: Need, wanted: str, free: int, where: str = "cpu") -> Plan:
     """Choose how to run: `wanted`, or with "auto" resident where it fits, else streamed.
+
+    where: the device and type that is computed in, for the sentence.
 
     Raises WillNotFit when even streaming does not fit, ValueError for an unknown engine.
     """
@@ -158,7 +177,7 @@ def choose_engine(need: Need, wanted: str, free: int) -> Plan:
     )
     if wanted == RESIDENT or (wanted == "auto" and need.resident <= free):
         why = "as asked" if wanted == RESIDENT else "the whole model fits"
-        return Plan(RESIDENT, need.batch_tokens, f"resident: {why} ({numbers})")
+        return Plan(RESIDENT, need.batch_tokens, f"resident: {why} ({numbers}); on {where}")
     if need.streamed > free:
         raise WillNotFit(
             f"not even one block at a time fits ({numbers}): a block in use and one being read are "
@@ -171,5 +190,5 @@ def choose_engine(need: Need, wanted: str, free: int) -> Plan:
     return Plan(
         STREAMED, together,
         f"streamed: a block at a time, {passes} pass{'es' * (passes > 1)} of {together} tokens "
-        f"({numbers})",
+        f"({numbers}); on {where}",
     )  # fmt: skip

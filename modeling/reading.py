@@ -2,7 +2,8 @@
 
 A thread of its own reads with plain preadv into two page-aligned buffers that are used in turn:
 page-aligned, so that O_DIRECT works, and reused, so that no memory is faulted in twice. Tensors
-that lie side by side in a file are read in one go, and handed out as views: nothing is copied.
+that lie side by side in a file are read in one go, and handed out as views: nothing is copied. For
+a GPU both buffers are its own, and pieces go there by way of pinned memory (staging.py).
 
 What the page cache holds already is taken from there; the rest goes past it, with O_DIRECT where
 the file system has it. That pushes nothing else out of memory, and costs 40 % of the time and a
@@ -14,7 +15,7 @@ import ctypes
 import mmap
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,25 @@ import torch
 from torch import Tensor
 
 from modeling.checkpoint import BadCheckpoint, Place
+from modeling.staging import PAGE, PIECE_BYTES, Staging
 
-PAGE = 4096
+CPU = torch.device("cpu")
 GAP_BYTES = 1 << 16  # tensors closer than this are read in one go
-PIECE_BYTES = 8 << 20  # one system call reads at most this
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one system call reads: bytes `begin` to `end` of a file, at least `wanted` of them."""
+
+    file: "OpenFile"
+    begin: int
+    end: int
+    wanted: int
+    at: int  # where it goes in the buffer
+
+    def read(self, memory: memoryview) -> int:
+        """Fill memory of that size; gives how many bytes came. Raises BadCheckpoint."""
+        return self.file.read(memory, self.begin, self.wanted)
 
 
 @dataclass(frozen=True)
@@ -63,13 +79,16 @@ class Reader:
     `bytes_read` counts what came from files. Use as a context manager.
     """
 
-    def __init__(self, parts: dict[int, dict[str, Place]]) -> None:
+    def __init__(self, parts: dict[int, dict[str, Place]], staging: Staging | None = None) -> None:
+        """staging: the way to a GPU, where the tensors are to be; else they are on the CPU."""
         self.parts = parts
+        self._staging = staging
         self.bytes_read = 0
         self._spans = {part: plan_spans(places.values()) for part, places in parts.items()}
         sizes = (sum(s.end - s.begin for s in spans) for spans in self._spans.values())
         size = max([PAGE, *sizes])
-        self._free = [_buffer(size) for _ in range(2)]
+        device = staging.device if staging else CPU
+        self._free = [_buffer(size, device) for _ in range(2)]
         self._used: dict[int, Tensor] = {}
         self._pool = ThreadPoolExecutor(1, "reader")
         self._coming: dict[int, Future] = {}
@@ -84,6 +103,8 @@ class Reader:
     def close(self) -> None:
         """Stop the thread and close the files."""
         self._pool.shutdown(cancel_futures=True)
+        if self._staging:
+            self._staging.close()
         while self._files:
             self._files.popitem()[1].close()
 
@@ -97,16 +118,20 @@ class Reader:
         """The tensors of a part, by name; valid until `release`."""
         self.ahead(part)
         self._coming[part].result()
+        if self._staging:
+            self._staging.arrive()
         return {name: self._view(part, place) for name, place in self.parts[part].items()}
 
     def release(self, part: int) -> None:
         """Give the part's buffer back; nothing may use its tensors from here on."""
         del self._coming[part]
+        if self._staging:
+            self._staging.depart()
         self._free.append(self._used.pop(part))
 
     def _view(self, part: int, place: Place) -> Tensor:
         if not place.size:  # it may lie behind the last span
-            return torch.empty(place.shape, dtype=place.dtype)
+            return torch.empty(place.shape, dtype=place.dtype, device=self._used[part].device)
         span = next(
             span
             for span in self._spans[part]
@@ -115,16 +140,21 @@ class Reader:
         return view(self._used[part], place, span.at + place.offset - span.begin)
 
     def _read(self, part: int, buffer: Tensor) -> None:
+        if self._staging:
+            self.bytes_read += self._staging.bring(self._pieces(part), buffer)
+            return
         memory = memoryview(buffer.numpy())
+        for piece in self._pieces(part):
+            self.bytes_read += piece.read(memory[piece.at : piece.at + piece.end - piece.begin])
+
+    def _pieces(self, part: int) -> Iterator[Piece]:
         for span in self._spans[part]:
             if span.file not in self._files:
                 self._files[span.file] = OpenFile(span.file)
-            file = self._files[span.file]
             for begin in range(span.begin, span.end, PIECE_BYTES):
                 end = min(begin + PIECE_BYTES, span.end)
-                at = span.at + begin - span.begin
-                wanted = min(end, span.last) - begin
-                self.bytes_read += file.read(memory[at : at + end - begin], begin, wanted)
+                at, wanted = span.at + begin - span.begin, min(end, span.last) - begin
+                yield Piece(self._files[span.file], begin, end, wanted, at)
 
 
 def view(memory: Tensor, place: Place, at: int) -> Tensor:
@@ -193,8 +223,10 @@ class OpenFile:
         return not failed and all(page & 1 for page in resident.raw)
 
 
-def _buffer(size: int) -> Tensor:
-    """Page-aligned memory of this process alone, in huge pages where the system has them."""
+def _buffer(size: int, device: torch.device) -> Tensor:
+    """A device's memory; on the CPU page-aligned, in huge pages where the system has them."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=device)
     buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):

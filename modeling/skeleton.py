@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from modeling.blocks import find_units
 from modeling.checkpoint import BadCheckpoint, Checkpoint, Place
 
+CPU = torch.device("cpu")
 OUTSIDE = -1  # the index of the part that is no block: embedding, norm, head and what is shared
 
 
@@ -58,17 +59,20 @@ class Unread:
 class Skeleton:
     """A model whose parameters hold nothing until `fill` is called for their part.
 
-    parts: block index (or OUTSIDE) -> names of the checkpoint's tensors.  fused: those that the
-    model holds joined with others, or cut up.
+    parts: block index (or OUTSIDE) -> names of the checkpoint's tensors.  targets: what the model
+    calls them.  fused: those that it holds joined with others, or cut up.  device: where they go.
     """
 
     model: PreTrainedModel
     blocks: list[nn.Module]
     parts: dict[int, list[str]]
+    targets: dict[str, str]
     fused: set[str]
+    device: torch.device
 
     def __post_init__(self) -> None:
         self._loading = LoadStateDictConfig(
+            device_map={"": self.device},
             dtype=self.model.dtype,
             dtype_plan=self.model._get_dtype_plan(self.model.dtype),
             hf_quantizer=getattr(self.model, "hf_quantizer", None),
@@ -88,6 +92,7 @@ class Skeleton:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     places[id(parameter)].append((module, name))
+        self._users = places
         self._tied = [group for group in places.values() if len(group) > 1]
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
@@ -100,6 +105,24 @@ class Skeleton:
                 for module, name in places:
                     module._parameters[name] = filled
 
+    def used_by(self, parameter: nn.Parameter) -> list[nn.Module]:
+        """The modules that share a parameter; to be asked before anything is filled."""
+        return [module for module, _ in self._users[id(parameter)]]
+
+    def stored_name(self, parameter: nn.Parameter) -> str | None:
+        """The checkpoint's name of a parameter that is stored as it is; None for a fused one."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        names = {name for name, other in named if other is parameter}
+        plain = (name for name in self.parts.get(OUTSIDE, []) if name not in self.fused)
+        return next((name for name in plain if self.targets[name] in names), None)
+
+    def set_absent(self, parameter: nn.Parameter) -> None:
+        """Put NaN in a parameter's place, in no memory: should it be used, that is noticed."""
+        nan = torch.full((), torch.nan, dtype=self.model.dtype, device=self.device)
+        absent = nn.Parameter(nan.expand(parameter.shape), requires_grad=False)
+        for module, name in self._users[id(parameter)]:
+            module._parameters[name] = absent
+
     def empty(self, index: int) -> None:
         """Take a block's tensors out again."""
         for module, name, parameter in self._empty[index]:
@@ -107,9 +130,12 @@ class Skeleton:
 
 
 def build_skeleton(
-    opener: type, config: object, checkpoint: Checkpoint, dtype: torch.dtype
-) -> Skeleton:
+    opener: type, config: object, checkpoint: Checkpoint, dtype: torch.dtype,
+    device: torch.device = CPU,
+) -> Skeleton:  # fmt: skip
     """Build a model of a class (or Auto class) whose tensors stay on disk.
+
+    dtype: what it is to compute in.  device: where.
 
     Raises BadCheckpoint when tensors are missing or have another shape than the model's.
     """
@@ -130,7 +156,12 @@ def build_skeleton(
         ) from error
     _refuse_gaps(model, info, checkpoint)
     model.eval().requires_grad_(False)
-    return Skeleton(model, find_units(model), *_parts(model, checkpoint.tensors))
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+    targets, fused = _targets(model, checkpoint.tensors)
+    return Skeleton(model, find_units(model), _parts(model, targets), targets, fused, device)
 
 
 def _refuse_gaps(model: PreTrainedModel, info: dict, checkpoint: Checkpoint) -> None:
@@ -151,26 +182,33 @@ def _conversions(model: PreTrainedModel) -> list:
     return get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
 
 
-def _parts(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[int, list[str]], set[str]]:
-    """Sort the checkpoint's tensors by block, and find those that are fused; one that several
-    blocks share is OUTSIDE."""
-    owners = _owners(model)
+def _targets(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    """The model's name of each of the checkpoint's tensors that it has a use for, and which of them
+    it holds joined with others, or cut up."""
     conversions = _conversions(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     known = model.state_dict()
-    parts: dict[int, list[str]] = defaultdict(list)
-    fused = set()
+    targets, fused = {}, set()
     for name in names:
         target, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, known
         )
         if target not in known and name in known:
             target, pattern = name, None
-        if target in known:  # else the model has no use for it
-            parts[owners.get(target, OUTSIDE)].append(name)
+        if target in known:
+            targets[name] = target
             fused |= {name} if pattern else set()
-    return dict(parts), fused
+    return targets, fused
+
+
+def _parts(model: PreTrainedModel, targets: dict[str, str]) -> dict[int, list[str]]:
+    """Sort the checkpoint's tensors by block; one that several blocks share is OUTSIDE."""
+    owners = _owners(model)
+    parts: dict[int, list[str]] = defaultdict(list)
+    for name, target in targets.items():
+        parts[owners.get(target, OUTSIDE)].append(name)
+    return dict(parts)
 
 
 def _owners(model: PreTrainedModel) -> dict[str, int]:

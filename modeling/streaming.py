@@ -53,6 +53,9 @@ class Weights(Protocol):
     def head(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Give the output head by pieces of vocabulary: first token, weight (V', D), bias (V',)."""
 
+    def whole_head(self) -> Tensor:
+        """Give the output head's weight (V, D) at once."""
+
     def close(self) -> None:
         """Give up what is held open."""
 
@@ -265,7 +268,8 @@ class Passage:
         """Go on from a snapshot; to be called before `run`."""
         for number, forward in enumerate(self.forwards):
             done, width = int(snapshot["done"][number]), int(snapshot["width"])
-            forward.restore(done, snapshot[f"hidden.{number}"], width)
+            given = next(v for v in forward.inputs.values() if isinstance(v, Tensor))
+            forward.restore(done, snapshot[f"hidden.{number}"].to(given.device), width)
 
 
 def linear_head(model: PreTrainedModel) -> nn.Linear | None:

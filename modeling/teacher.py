@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from modeling.backends import compute_dtype, default_device
 from modeling.blocks import find_units
 from modeling.checkpoint import read_checkpoint
 from modeling.loading import Location, open_model, weights_folder
 from modeling.memory import RESIDENT, STREAMED, Plan, choose_engine, free_bytes, need_of
 from modeling.skeleton import OUTSIDE, CannotStream, build_skeleton
 from modeling.streaming import Passage, Weights
-from modeling.weights import Resident, Streamed
+from modeling.weights import Resident, Streamed, left_on_disk
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,13 @@ class Teacher:
     blocks: Sequence[nn.Module]
     weights: Weights
     plan: Plan
+    device: torch.device
 
     def passage(self, batches: Sequence[Tensor]) -> Passage:
         """Prepare batches of token ids (B, T) for their way through the model."""
-        inputs: list[Mapping[str, Any]] = [{"input_ids": b, "use_cache": False} for b in batches]
+        inputs: list[Mapping[str, Any]] = [
+            {"input_ids": batch.to(self.device), "use_cache": False} for batch in batches
+        ]
         return Passage(self.model, self.blocks, self.weights, inputs)
 
     def close(self) -> None:
@@ -42,13 +46,19 @@ class Teacher:
         self.weights.close()
 
 
-def open_teacher(location: Location | Path, engine: str, batch_tokens: int, tokens: int) -> Teacher:
-    """Open a causal language model in bfloat16 with the engine that fits, or the one asked for.
+def open_teacher(
+    location: Location | Path, engine: str, batch_tokens: int, tokens: int,
+    device: torch.device | None = None,
+) -> Teacher:  # fmt: skip
+    """Open a causal language model with the engine that fits, or the one asked for.
 
+    It computes on the device (the first GPU, else the CPU), in the type that this is fast in.
     batch_tokens: tokens of one batch.  tokens: of all data.
     Raises WillNotFit, CannotStream, BadCheckpoint, ValueError for a model that is no causal
     language model, and FileNotFoundError when it is not there.
     """
+    device = device or default_device()
+    dtype = compute_dtype(device)
     folder = weights_folder(location)
     config = read_config(folder)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -57,8 +67,10 @@ def open_teacher(location: Location | Path, engine: str, batch_tokens: int, toke
     kind = kind[0] if isinstance(kind, tuple) else kind
     checkpoint = read_checkpoint(folder)
     fused: Collection[str] = ()
+    left: Collection[str] = ()
     try:
-        skeleton = build_skeleton(kind, config, checkpoint, torch.bfloat16)
+        skeleton = build_skeleton(kind, config, checkpoint, dtype, device)
+        left = set(left_on_disk(skeleton))
         blocks = [names for part, names in skeleton.parts.items() if part != OUTSIDE]
         fused = skeleton.fused
     except CannotStream:
@@ -67,14 +79,15 @@ def open_teacher(location: Location | Path, engine: str, batch_tokens: int, toke
         blocks = [list(checkpoint.tensors)]  # as if it were one block: it is never streamed
     text = config.get_text_config()
     need = need_of(
-        checkpoint, blocks, fused, torch.bfloat16, batch_tokens, tokens, text.hidden_size,
+        checkpoint, blocks, fused, left, dtype, batch_tokens, tokens, text.hidden_size,
         text.vocab_size,
     )  # fmt: skip
-    plan = choose_engine(need, engine, free_bytes())
+    plan = choose_engine(need, engine, free_bytes(device), f"{device} in {str(dtype)[6:]}")
     if plan.engine == RESIDENT:
-        model = open_model(folder)
-        return Teacher(model, find_units(model), Resident(model), plan)
-    return Teacher(skeleton.model, skeleton.blocks, Streamed(skeleton, checkpoint), plan)
+        model = open_model(folder, device)
+        return Teacher(model, find_units(model), Resident(model), plan, device)
+    weights = Streamed(skeleton, checkpoint)
+    return Teacher(skeleton.model, skeleton.blocks, weights, plan, device)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from modeling.checkpoint import Checkpoint, Place
 from modeling.reading import Reader, map_file, view
 from modeling.skeleton import OUTSIDE, Skeleton
+from modeling.staging import Staging
 from modeling.streaming import linear_head
 
 PIECE_BYTES = 64 << 20  # of the output head that are used at a time
@@ -28,7 +29,12 @@ class Resident:
 
     def head(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """The head in the pieces that it would be streamed in, so that no answer differs."""
-        yield from pieces_in_memory(linear_head(self._model))
+        head = linear_head(self._model)
+        yield from pieces_in_memory(head.weight, head.bias)
+
+    def whole_head(self) -> Tensor:
+        """The head's weight."""
+        return linear_head(self._model).weight
 
     def close(self) -> None:
         """Nothing to end."""
@@ -37,30 +43,45 @@ class Resident:
 class Streamed:
     """Weights come from disk, the next part while the present one computes.
 
-    The head is read like a block, in pieces of vocabulary. The rest of what is no block (embedding,
-    norms) is mapped, not read: an embedding costs the rows that are looked up.
+    The head is read like a block, in pieces of vocabulary; an embedding is mapped, not read, and
+    costs the rows that are looked up. What else is no block (norms) is in memory.
     """
 
     def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
         self.skeleton = skeleton
-        places = checkpoint.tensors
-        outside = skeleton.parts.get(OUTSIDE, [])
-        mapped = map_tensors({name: places[name] for name in outside})
-        skeleton.fill(mapped)
+        self._dtype = skeleton.model.dtype
+        places, named = checkpoint.tensors, skeleton.parts
+        outside = map_tensors({name: places[name] for name in named.get(OUTSIDE, [])})
+        looked_up, head = left_on_disk(skeleton)
+        self._head = outside.get(head)
         parts = {
             index: {name: places[name] for name in names}
-            for index, names in skeleton.parts.items()
+            for index, names in named.items()
             if index != OUTSIDE
         }
         self._blocks = len(skeleton.blocks)
-        head = linear_head(skeleton.model)
-        stored = (n for n in outside if head is not None and same_memory(mapped[n], head.weight))
-        name = next(stored, None)  # none where the head is computed in another type than stored
-        self._pieces = pieces_on_disk(places[name]) if name else []
+        self._pieces = pieces_on_disk(places[head]) if head else []
         for number, piece in enumerate(self._pieces, start=self._blocks):
             parts[number] = {"head": piece}
-        self.reader = Reader(parts)
+        self._leave(looked_up, head, outside)
+        skeleton.fill(outside)
+        device = skeleton.device
+        self.reader = Reader(parts, Staging(device) if device.type != "cpu" else None)
         self.reader.ahead(0)
+
+    def _leave(self, looked_up: str | None, head: str | None, outside: dict[str, Tensor]) -> None:
+        """Take embedding and head out of what is to be filled in."""
+        skeleton, linear = self.skeleton, linear_head(self.skeleton.model)
+        if looked_up:
+            embedding = skeleton.model.get_input_embeddings()
+            table = outside.pop(looked_up)
+            skeleton.set_absent(embedding.weight)
+            embedding.forward = lambda ids: table[ids.to(table.device)].to(
+                device=skeleton.device, dtype=self._dtype
+            )
+        if head in outside and skeleton.used_by(linear.weight) == [linear]:
+            del outside[head]
+            skeleton.set_absent(linear.weight)
 
     def enter(self, block: int) -> None:
         """Wait for a block, put it in place, and begin to read the next."""
@@ -78,11 +99,11 @@ class Streamed:
         """The head a piece at a time; a piece is valid until the next."""
         head = linear_head(self.skeleton.model)
         if not self._pieces:
-            yield from pieces_in_memory(head)
+            yield from pieces_in_memory(head.weight, head.bias)
             return
         first = 0
         for part, piece in enumerate(self._pieces, start=self._blocks):
-            weight = self.reader.get(part)["head"]
+            weight = self.reader.get(part)["head"].to(self._dtype)
             self.reader.ahead(part + 1)
             last = first + piece.shape[0]
             try:
@@ -90,6 +111,12 @@ class Streamed:
             finally:
                 self.reader.release(part)
             first = last
+
+    def whole_head(self) -> Tensor:
+        """The head's weight, mapped where it is computed in the type that it is stored in."""
+        if self._head is None:
+            return linear_head(self.skeleton.model).weight
+        return self._head.to(device=self.skeleton.device, dtype=self._dtype)
 
     def close(self) -> None:
         """Stop reading."""
@@ -102,16 +129,30 @@ def map_tensors(places: dict[str, Place]) -> dict[str, Tensor]:
     return {name: view(files[place.file], place, place.offset) for name, place in places.items()}
 
 
-def same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same numbers in the same place."""
-    return (one.dtype, one.shape, one.data_ptr()) == (other.dtype, other.shape, other.data_ptr())
+def left_on_disk(skeleton: Skeleton) -> tuple[str | None, str | None]:
+    """The checkpoint's names of the embedding and of the head, where they need not be filled in.
+
+    That is: an embedding of the plain kind that nothing but the head shares, and a linear head. To
+    be asked before anything is filled in.
+    """
+    head = linear_head(skeleton.model)
+    if head is None:  # something may then be multiplied with the embedding
+        return None, None
+    embedding, looked_up = skeleton.model.get_input_embeddings(), None
+    if type(embedding) is nn.Embedding and all(
+        module in (embedding, head) for module in skeleton.used_by(embedding.weight)
+    ):
+        looked_up = skeleton.stored_name(embedding.weight)
+    return looked_up, skeleton.stored_name(head.weight)
 
 
-def pieces_in_memory(head: nn.Linear) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def pieces_in_memory(
+    weight: Tensor, bias: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """A head's pieces of vocabulary: first token, weight, bias."""
-    for rows in split_rows(head.weight.shape[0], head.weight.nbytes):
-        bias = None if head.bias is None else head.bias[rows.start : rows.stop]
-        yield rows.start, head.weight[rows.start : rows.stop], bias
+    for rows in split_rows(weight.shape[0], weight.nbytes):
+        part = slice(rows.start, rows.stop)
+        yield rows.start, weight[part], None if bias is None else bias[part]
 
 
 def pieces_on_disk(place: Place) -> list[Place]:

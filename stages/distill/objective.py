@@ -131,7 +131,7 @@ class Objective:
         """Run the blocks behind the prefix: the last state, and the output of every block."""
         if self._calls is None or self._calls.hidden.shape[:2] != batch.tokens.shape:
             self._calls = capture_calls(self.student, batch.tokens)
-        hidden, states = batch.prefix, {}
+        hidden, states = batch.prefix.to(self.student.dtype), {}
         for index in range(self.prefix, len(self.anatomy.blocks)):
             hidden = run_block(self.anatomy.blocks[index], self._calls, index, hidden)
             states[index] = hidden

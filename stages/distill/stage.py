@@ -12,6 +12,7 @@ reads    prepare   calibration rows
 writes   student/, before_training/, text_only/: stock transformers folders; student.json
 """
 
+import copy
 import json
 from dataclasses import dataclass
 
@@ -110,13 +111,20 @@ def run(params: Params, job: Job) -> Metrics:
 
 
 def build(teacher, dropped: list[int], rows, params: Params, job: Job) -> tuple:
-    """Steps 1 and 2: the student before training, and each gap's explained residual."""
+    """Steps 1 and 2: the student before training, and each gap's explained residual.
+
+    Its weights are rounded to what is stored of them, so that the control is where training starts.
+    """
+    import torch
+
     from stages.distill.student import build_student, close_gaps, find_gaps
 
     student, gaps, explained = build_student(teacher, dropped), find_gaps(dropped), []
     for share in close_gaps(teacher, student, gaps, rows, params.patch_ridge, batch_rows=8):
         explained.append(share)
         job.note("gaps", len(explained), len(gaps), explained=share)
+    for parameter in student.parameters():
+        parameter.data.copy_(parameter.data.to(torch.bfloat16))
     return student, explained
 
 
@@ -131,8 +139,10 @@ def only_teacher(folders: dict) -> tuple:
 
 
 def save_student(student, tokenizer, folder) -> None:
-    """Write a folder that stock transformers opens: safetensors, config, tokenizer."""
-    student.save_pretrained(folder)
+    """Write a folder that stock transformers opens: safetensors in bfloat16, config, tokenizer."""
+    import torch
+
+    copy.deepcopy(student).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

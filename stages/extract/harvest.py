@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from modeling.answers import Answers, read_answers
@@ -38,10 +39,10 @@ def harvest(passage: Passage, tokens: list[Tensor], wanted: Wanted) -> Iterator[
     for arrival in passage.run():
         kept = {}
         if arrival.block == wanted.prefix - 1:
-            kept["prefix"] = arrival.hidden.bfloat16()
+            kept["prefix"] = arrival.hidden.to("cpu", torch.bfloat16)
         if arrival.block in wanted.anchors:
             coordinates = wanted.subspaces.whiten(arrival.block, arrival.hidden)
-            kept[f"anchor.{arrival.block}"] = coordinates.bfloat16()
+            kept[f"anchor.{arrival.block}"] = coordinates.to("cpu", torch.bfloat16)
         yield Sheaf(arrival.block, arrival.batch, kept)
     vocabulary = passage.model.get_input_embeddings().weight.shape[0]
     for batch, answers in enumerate(read_answers(passage, wanted.top_k)):
@@ -55,7 +56,7 @@ def as_tensors(answers: Answers, tokens: Tensor, vocabulary: int) -> dict[str, T
     shape = (*tokens.shape, -1)
     return {
         "tokens": narrow(tokens, vocabulary),
-        "ids": narrow(targets.ids, vocabulary).view(shape),
-        "log_probs": targets.log_probs.half().view(shape),
-        "tail": targets.tail.log().half().view(tokens.shape),
+        "ids": narrow(targets.ids, vocabulary).cpu().view(shape),
+        "log_probs": targets.log_probs.half().cpu().view(shape),
+        "tail": targets.tail.log().half().cpu().view(tokens.shape),
     }

@@ -49,7 +49,8 @@ class Subspaces:
         Whitened, because one direction of massive activations would otherwise outweigh all others.
         """
         scale = self.variance[block, : self.basis.shape[-1]].clamp_min(1e-6).rsqrt()
-        return (hidden.float() - self.mean[block]) @ (self.basis[block] * scale)
+        axes = (self.basis[block] * scale).to(hidden.device)
+        return (hidden.float() - self.mean[block].to(hidden.device)) @ axes
 
 
 def write_importance(folder: Path, blocks: list[BlockImportance], subspaces: Subspaces) -> None:

@@ -45,10 +45,11 @@ class Measured:
     basis (L, D, R): of each block's output.
     """
 
-    def __init__(self, rows: int, blocks: int, width: int, rank: int) -> None:
+    def __init__(self, rows: int, blocks: int, width: int, rank: int, device: torch.device) -> None:
         self.step = 0
         self.branches: list[Branch] = []
-        self.covariance = RunningCovariance(width)  # of the block that is under way
+        self.device = device
+        self.covariance = RunningCovariance(width, device)  # of the block that is under way
         self.tensors = {
             **{name: torch.full((rows, blocks), torch.nan) for name in ("influence", *KINDS)},
             "mean": torch.zeros(blocks, width),
@@ -77,8 +78,8 @@ class Measured:
         self.step, self.covariance.count = counts["step"], counts["count"]
         self.branches = [Branch(**branch) for branch in counts["branches"]]
         self.tensors = load_file(folder / "measured.safetensors")
-        self.covariance.total = self.tensors.pop("total")
-        self.covariance.products = self.tensors.pop("products")
+        self.covariance.total = self.tensors.pop("total").to(self.device)
+        self.covariance.products = self.tensors.pop("products").to(self.device)
 
 
 class Measuring:
@@ -96,6 +97,7 @@ class Measuring:
         self.tested = control_blocks(self.blocks, params.control_blocks)
         self.steps = self.blocks * len(self.batches) + len(self.ablated)
         self.passage = teacher.passage(self.batches)
+        self.device = teacher.device
         self.width = teacher.model.config.get_text_config().hidden_size
 
     @torch.no_grad()
@@ -103,7 +105,7 @@ class Measuring:
         """Measure what is not measured yet."""
         params = self.params
         shape = (sum(map(len, self.ablated)), self.blocks, self.width, params.subspace_rank)
-        measured = self.job.resume(Measured(*shape))
+        measured = self.job.resume(Measured(*shape, self.device))
         self.job.progress.cut_back("main", measured.step)
         measured.passage = self.passage
         if measured.snapshot:
@@ -138,7 +140,7 @@ class Measuring:
     def _finish_block(self, block: int, outputs: dict[int, Tensor], measured: Measured) -> None:
         """All batches are out of a block: its subspace is known."""
         mean, directions, variance = measured.covariance.principal()
-        measured.covariance = RunningCovariance(self.width)
+        measured.covariance = RunningCovariance(self.width, self.device)
         basis = directions[:, : self.params.subspace_rank]
         for name, value in (("mean", mean), ("variance", variance), ("basis", basis)):
             measured.tensors[name][block] = value

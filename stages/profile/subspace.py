@@ -11,10 +11,10 @@ from torch import Tensor
 class RunningCovariance:
     """Sums from which the mean and covariance of one block's output follow."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
-        self.total = torch.zeros(width, dtype=torch.float64)
-        self.products = torch.zeros(width, width, dtype=torch.float64)
+        self.total = torch.zeros(width, dtype=torch.float64, device=device)
+        self.products = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(self, state: Tensor) -> None:
         """Take in one batch of outputs: (B, T, D)."""
@@ -24,9 +24,12 @@ class RunningCovariance:
         self.count += len(flat)
 
     def principal(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (D,), directions (D, D) in columns, and variances (D,), largest first; float32."""
-        mean = self.total / self.count
-        covariance = self.products / self.count - mean[:, None] * mean[None, :]
+        """Mean (D,), directions (D, D) in columns, and variances (D,), largest first; float32.
+
+        They are on the CPU, and computed there: eigh is the same on every machine of a kind.
+        """
+        mean = self.total.cpu() / self.count
+        covariance = self.products.cpu() / self.count - mean[:, None] * mean[None, :]
         variance, directions = torch.linalg.eigh(covariance)
         flipped = directions.flip(-1).float(), variance.flip(-1).clamp_min(0).float()
         return mean.float(), *flipped
@@ -40,6 +43,7 @@ def rank_holding(variance: Tensor, share: float) -> int:
 
 def project(hidden: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
     """Keep only what lies in a subspace: mean (D,), orthonormal basis (D, R)."""
+    mean, basis = mean.to(hidden.device), basis.to(hidden.device)
     centred = hidden.float() - mean
     return (mean + centred @ basis @ basis.T).to(hidden.dtype)
 

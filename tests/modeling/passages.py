@@ -42,9 +42,8 @@ def streaming(model: PreTrainedModel, folder: Path, batches: Batches) -> Iterato
 
 def finish(passage: Passage) -> list[Tensor]:
     """The logits of each forward that is at the head."""
-    head = linear_head(passage.model)
-    forwards = passage.forwards
-    return [f.finish(linear(f.normed, head.weight, head.bias)).logits for f in forwards]
+    weight, bias = passage.weights.whole_head(), linear_head(passage.model).bias
+    return [f.finish(linear(f.normed, weight, bias)).logits for f in passage.forwards]
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:

@@ -46,7 +46,7 @@ BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
 
 def need(checkpoint: Checkpoint, blocks: list[list[str]], fused: tuple[str, ...] = ()) -> Need:
     return need_of(
-        checkpoint, blocks, fused, BF16, batch_tokens=8, tokens=100, width=16, vocabulary=50
+        checkpoint, blocks, fused, (), BF16, batch_tokens=8, tokens=100, width=16, vocabulary=50
     )
 
 

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import modeling.memory
 import modeling.weights
+from modeling.backends import compute_dtype
 from modeling.checkpoint import BadCheckpoint, read_checkpoint
 from modeling.memory import WillNotFit, need_of
 from modeling.skeleton import OUTSIDE, build_skeleton
 from modeling.streaming import NotFinite
+from modeling.weights import left_on_disk
 from stages.process import Stopped
 from tests.stages.project import DONE, Project
 from tests.stages.tiny_dag import BLOCKS, TEACHER, StopAt, TinyDag, make_tiny_dag
@@ -66,9 +68,10 @@ def least_memory(dag: TinyDag) -> int:
     model, checkpoint = tiny_llama(blocks=BLOCKS), read_checkpoint(dag.teacher_folder)
     skeleton = build_skeleton(type(model), model.config, checkpoint, torch.bfloat16)
     blocks = [names for part, names in skeleton.parts.items() if part != OUTSIDE]
+    dtype = compute_dtype(torch.device("cpu"))
     return need_of(
-        checkpoint, blocks, (), torch.bfloat16, BATCH_ROWS * ROW_TOKENS, ROWS * ROW_TOKENS,
-        width=32, vocabulary=97,
+        checkpoint, blocks, (), left_on_disk(skeleton), dtype, BATCH_ROWS * ROW_TOKENS,
+        ROWS * ROW_TOKENS, width=32, vocabulary=97,
     ).streamed  # fmt: skip
 
 

@@ -36,7 +36,13 @@ def naive_kl(model, changed, tokens: Tensor) -> Tensor:
 
 def measure(model, rows: Tensor, job, **changed) -> Measured:
     """The stage's one passage, without its files."""
-    teacher = Teacher(model, dissect(model).blocks, Resident(model), Plan("resident", 100, ""))
+    teacher = Teacher(
+        model,
+        dissect(model).blocks,
+        Resident(model),
+        Plan("resident", 100, ""),
+        torch.device("cpu"),
+    )
     return Measuring(teacher, rows, replace(PARAMS, **changed), job).run()
 
 
