@@ -88,7 +88,8 @@ class Extraction:
             self.job.progress.cut_back("main", progress.step)
         last = {number: batch for batch, number in enumerate(home)}
         gathered: list[dict[str, Tensor]] = []
-        for sheaf in harvest(progress.passage, batches, self.wanted):
+        first = numbers.start * self.shards[0].numel()
+        for sheaf in harvest(progress.passage, batches, self.wanted, first):
             gathered.append(sheaf.tensors)
             number = home[sheaf.batch]
             if sheaf.batch != last[number]:
