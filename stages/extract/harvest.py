@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from modeling.answers import Answers, read_answers
+from modeling.answers import read_answers
+from modeling.losses import SparseTargets
 from modeling.samples import Samples, read_samples
 from modeling.streaming import Passage
 from stages.formats.importance import Subspaces
@@ -67,16 +68,15 @@ def _at_head(
     """What is kept of each batch's next tokens."""
     if wanted.sampling is None:
         for batch, answers in enumerate(read_answers(passage, wanted.top_k)):
-            yield as_tensors(answers, tokens[batch], vocabulary)
+            yield as_tensors(answers.targets(), tokens[batch], vocabulary)
         return
     found = read_samples(passage, wanted.sampling.draws, wanted.sampling.seed, first)
     for batch, samples in enumerate(found):
         yield draws_as_tensors(samples, tokens[batch], vocabulary)
 
 
-def as_tensors(answers: Answers, tokens: Tensor, vocabulary: int) -> dict[str, Tensor]:
+def as_tensors(targets: SparseTargets, tokens: Tensor, vocabulary: int) -> dict[str, Tensor]:
     """Answers in the form that they are stored in; tokens (B, T)."""
-    targets = answers.targets()
     shape = (*tokens.shape, -1)
     return {
         "tokens": narrow(tokens, vocabulary),

@@ -11,14 +11,17 @@ reads    prepare   training rows
 writes   shards of targets (stages/formats/targets.py)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modeling.memory import ENGINES
 from stages.contract import Job, Metrics, Stage
 from stages.params import require_at_least, require_one_of, require_within
 
 TOP_K, SAMPLED = "top_k", "sampled"
+VLLM = "vllm"  # an engine for answers alone
 MOST_SAMPLES = (1 << 16) - 1  # what the counts of stages/formats/targets.py can tell
 
 
@@ -46,7 +49,14 @@ class Params:
         require_within(0.0, 0.9, prefix_depth=self.prefix_depth)
         for depth in self.anchor_depths:
             require_within(self.prefix_depth, 1.0, anchor_depths=depth)
-        require_one_of(ENGINES, engine=self.engine)
+        require_one_of((*ENGINES, VLLM), engine=self.engine)
+        if self.engine == VLLM and (
+            self.prefix_depth or self.anchor_depths or self.answers == SAMPLED
+        ):
+            raise ValueError(
+                f"'engine' is '{VLLM}', which gives the most likely next tokens and nothing else; "
+                f"set 'prefix_depth' to 0.0, 'anchor_depths' to [] and 'answers' to {TOP_K}"
+            )
         if self.shard_rows % self.batch_rows:
             raise ValueError(
                 f"'shard_rows' ({self.shard_rows}) must be a multiple of 'batch_rows' "
@@ -59,16 +69,28 @@ def run(params: Params, job: Job) -> Metrics:
     import torch
 
     from modeling.loading import locate, open_tokenizer
+    from stages.formats.targets import write_header
+    from stages.formats.tokens import check_tokenizer, read_all_rows
+
+    check_engine(params)
+    prepared, location = job.input("prepare"), locate(job.item)
+    check_tokenizer(prepared, job.item, open_tokenizer(location))
+    rows = torch.from_numpy(read_all_rows(prepared, "train", params.seed))
+    keep = by_vllm if params.engine == VLLM else by_blocks
+    prefix, anchors = keep(params, location, rows, job)
+    fields = {"teacher": job.item, "prefix_blocks": prefix, "anchors": anchors}
+    samples = params.samples if params.answers == SAMPLED else 0
+    write_header(job.output, samples, **fields, rows=len(rows), row_tokens=rows.shape[1])
+    return measure(job.output, rows.numel(), samples)
+
+
+def by_blocks(params: Params, location, rows, job: Job) -> tuple[int, tuple[int, ...]]:
+    """Steps 1 to 3 with the model's own forward; gives the prefix and the anchor blocks."""
     from modeling.teacher import open_teacher
     from stages.extract.extraction import Extraction
     from stages.extract.harvest import Sampling, Wanted
     from stages.formats.importance import read_subspaces, share_of_depth
-    from stages.formats.targets import write_header
-    from stages.formats.tokens import check_tokenizer, read_all_rows
 
-    prepared, location = job.input("prepare"), locate(job.item)
-    check_tokenizer(prepared, job.item, open_tokenizer(location))
-    rows = torch.from_numpy(read_all_rows(prepared, "train", params.seed))
     batch_tokens = params.batch_rows * rows.shape[1]
     teacher = open_teacher(location, params.engine, batch_tokens, rows.numel())
     job.say(teacher.plan.sentence)
@@ -82,10 +104,36 @@ def run(params: Params, job: Job) -> Metrics:
     wanted = Wanted(params.top_k, prefix, anchors, subspaces, sampling)
     Extraction(teacher, rows, wanted, params.batch_rows, params.shard_rows, job).run()
     teacher.close()
-    fields = {"teacher": job.item, "prefix_blocks": prefix, "anchors": anchors}
-    samples = sampling.draws if sampling else 0
-    write_header(job.output, samples, **fields, rows=len(rows), row_tokens=rows.shape[1])
-    return measure(job.output, rows.numel(), samples)
+    return prefix, anchors
+
+
+def by_vllm(params: Params, location, rows, job: Job) -> tuple[int, tuple[int, ...]]:
+    """Step 3 with vLLM; gives that there is no prefix and no anchor block."""
+    from modeling.loading import weights_folder
+    from modeling.teacher import read_config
+    from modeling.vllm_engine import open_vllm
+    from stages.extract.extraction import extract_answers
+
+    folder = weights_folder(location)
+    vocabulary = read_config(folder).get_text_config().vocab_size
+    check_fit(params, 0, (), 1, vocabulary)
+    teacher = open_vllm(folder, params.top_k, params.batch_rows, rows.shape[1])
+    job.say("vllm: as asked (answers near to the other engines', not equal to the bit)")
+    extract_answers(teacher.answers, rows.split(params.shard_rows), vocabulary, job)
+    return 0, ()
+
+
+def check_engine(params: Params) -> None:
+    """Refuse an engine that this machine does not have."""
+    if params.engine == VLLM:
+        from modeling.backends import require
+
+        require(VLLM, f"extract.engine '{VLLM}'")
+
+
+def check_among(sections: Mapping[str, Any]) -> None:
+    """The same before anything runs."""
+    check_engine(sections["extract"])
 
 
 def check_fit(
@@ -132,4 +180,4 @@ def mean_of(folder: Path, name: str, exponential: bool = False) -> float:
     return (values.exp() if exponential else values).mean().item()
 
 
-STAGE = Stage("extract", Params, run)
+STAGE = Stage("extract", Params, run, check_among)

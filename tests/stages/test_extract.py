@@ -146,7 +146,11 @@ GOOD = {
         ({"samples": 0}, "'samples' is 0; it must lie between 1 and 65535"),
         ({"samples": 65_536}, "'samples' is 65536"),
         ({"answers": "drawn"}, "'answers' is 'drawn'; it must be one of top_k, sampled"),
-        ({"engine": "vllm"}, "'engine' is 'vllm'; it must be one of auto, resident"),
+        ({"engine": "fast"}, "'engine' is 'fast'; it must be one of auto, resident"),
+        (
+            {"engine": "vllm"},
+            "'engine' is 'vllm'.*'prefix_depth' to 0.0, 'anchor_depths' to .. and",
+        ),
     ],
 )
 def test_contradictions_are_refused(changed: dict, message: str) -> None:
