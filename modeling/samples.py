@@ -32,6 +32,7 @@ from torch.nn.functional import pad
 from modeling.answers import GROUP, ROWS, fold_head, head_not_finite
 from modeling.streaming import Passage
 
+DRAW_BYTES = 16  # that a draw takes while its position is under way
 NOWHERE = -math.inf
 FAR = 2.0**40  # logits so far apart that two different ones are nothing and all
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as the signed integers of torch

@@ -6,7 +6,7 @@ no result.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,13 @@ class Teacher:
         self.weights.close()
 
 
-def open_teacher(location: Location | Path, engine: str, batch_tokens: int, tokens: int) -> Teacher:
+def open_teacher(
+    location: Location | Path, engine: str, batch_tokens: int, tokens: int, kept_bytes: int = 0
+) -> Teacher:
     """Open a causal language model in bfloat16 with the engine that fits, or the one asked for.
 
-    batch_tokens: tokens of one batch.  tokens: of all data.
+    batch_tokens: tokens of one batch.  tokens: of all data.  kept_bytes: of memory that a token's
+    answers take while it is under way.
     Raises WillNotFit, CannotStream, BadCheckpoint, ValueError for a model that is no causal
     language model, and FileNotFoundError when it is not there.
     """
@@ -70,6 +73,7 @@ def open_teacher(location: Location | Path, engine: str, batch_tokens: int, toke
         checkpoint, blocks, fused, torch.bfloat16, batch_tokens, tokens, text.hidden_size,
         text.vocab_size,
     )  # fmt: skip
+    need = replace(need, token=need.token + kept_bytes)
     plan = choose_engine(need, engine, free_bytes())
     if plan.engine == RESIDENT:
         model = open_model(folder)

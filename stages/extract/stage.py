@@ -86,20 +86,22 @@ def run(params: Params, job: Job) -> Metrics:
 
 def by_blocks(params: Params, location, rows, job: Job) -> tuple[int, tuple[int, ...]]:
     """Steps 1 to 3 with the model's own forward; gives the prefix and the anchor blocks."""
+    from modeling.samples import DRAW_BYTES
     from modeling.teacher import open_teacher
     from stages.extract.extraction import Extraction
     from stages.extract.harvest import Sampling, Wanted
     from stages.formats.importance import read_subspaces, share_of_depth
 
     batch_tokens = params.batch_rows * rows.shape[1]
-    teacher = open_teacher(location, params.engine, batch_tokens, rows.numel())
+    sampling = Sampling(params.samples, params.seed) if params.answers == SAMPLED else None
+    kept = sampling.draws * DRAW_BYTES if sampling else 0
+    teacher = open_teacher(location, params.engine, batch_tokens, rows.numel(), kept)
     job.say(teacher.plan.sentence)
     blocks = len(teacher.blocks)
     prefix = share_of_depth(params.prefix_depth, blocks)
     anchors = tuple(sorted({share_of_depth(d, blocks) - 1 for d in params.anchor_depths}))
     vocabulary = teacher.model.get_output_embeddings().weight.shape[0]
     check_fit(params, prefix, anchors, blocks, vocabulary)
-    sampling = Sampling(params.samples, params.seed) if params.answers == SAMPLED else None
     subspaces = read_subspaces(job.input("profile"))
     wanted = Wanted(params.top_k, prefix, anchors, subspaces, sampling)
     Extraction(teacher, rows, wanted, params.batch_rows, params.shard_rows, job).run()

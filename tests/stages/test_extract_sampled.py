@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from modeling.blocks import dissect
+from modeling.memory import WillNotFit
 from modeling.samples import Samples, read_samples
 from modeling.streaming import Passage
 from modeling.weights import Resident
@@ -17,6 +18,7 @@ from stages.extract.harvest import Sampling, Wanted, harvest
 from stages.formats.targets import TeacherTargets, write_header, write_shard
 from stages.process import Stopped
 from tests.stages.lessons import ANCHORS, PREFIX, rows, subspaces_of, teacher
+from tests.stages.test_extract_interrupted import Memory, least_memory
 from tests.stages.tiny_dag import TEACHER, StopAt, TinyDag, make_tiny_dag
 from tests.tiny import REPOSITORY
 
@@ -155,6 +157,17 @@ def test_shards_and_batches_do_not_change_what_is_drawn(dag: TinyDag, changed: d
         for b in (one, two)
     ]
     assert (dense[0] - dense[1]).abs().sum(-1).mean() < 0.02
+
+
+def test_draws_count_in_what_a_token_takes_of_memory(
+    dag: TinyDag, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Memory(tmp_path / "group", monkeypatch).set(least_memory(dag) + (1 << 20))
+    dag.set("extract", engine="streamed", samples=65_535)
+    with pytest.raises(WillNotFit, match="a batch of 32 tokens 0.03 GiB"):
+        dag.run("extract")
+    dag.set("extract", samples=20)
+    assert dag.run("extract")["tokens"] == 160
 
 
 def test_the_seed_decides_what_is_drawn(dag: TinyDag) -> None:
