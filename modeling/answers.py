@@ -8,6 +8,7 @@ Letters: N tokens, V vocabulary of a piece, K tokens kept.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from modeling.streaming import Forward, NotFinite, Passage, linear_head
 TOKENS = 512  # positions whose logits are computed at a time
 ROWS = 32  # of logits looked at in one go: 6 MB at V = 49,152
 GROUP = 64  # neighbouring tokens that share one maximum
+
+State = TypeVar("State")
 
 
 @dataclass
@@ -65,35 +68,59 @@ class Answers:
         return SparseTargets(self.ids, top - log_z[:, None], tail)
 
 
-@torch.no_grad()
 def read_answers(passage: Passage, k: int) -> Iterator[Answers]:
     """Give each batch's answers, when a passage has run up to the head; positions flattened.
 
-    The head is brought once, by pieces of vocabulary, and all batches meet each piece. Raises
-    NotFinite.
+    Raises NotFinite.
+    """
+
+    def step(before: Answers | None, logits: Tensor, first_id: int, _: int) -> Answers:
+        here = Answers.of(logits, k, first_id)
+        return here if before is None else before.join(here, k)
+
+    for parts in fold_head(passage, step):
+        answers = Answers.together(parts)
+        if not torch.isfinite(answers.top[:, 0]).all():  # NaN counts as the highest
+            raise head_not_finite(passage)
+        yield answers
+
+
+@torch.no_grad()
+def fold_head(
+    passage: Passage, step: Callable[[State | None, Tensor, int, int], State]
+) -> Iterator[list[State]]:
+    """Fold over the vocabulary, when a passage has run up to the head; a list of states a batch.
+
+    step(state, logits, first_id, place) takes in the logits (n, V) of a piece of the vocabulary
+    that begins at first_id, for n positions, the first of them at `place` among all the passage's;
+    its state is None before the first piece. The head is brought once, and all batches meet each
+    piece, some positions at a time.
     """
     head = linear_head(passage.model)
     if head is None:
+        place = 0
         for forward in passage.forwards:
-            yield _checked(Answers.of(forward.output.logits.flatten(0, 1), k), passage)
+            logits = forward.output.logits.flatten(0, 1)
+            yield [step(None, logits, 0, place)]
+            place += len(logits)
         return
     finish, by_pieces = _after_head(passage)
-    found: list[Answers | None] = [None] * len(passage.forwards)
+    states: list[dict[int, State]] = [{} for _ in passage.forwards]  # by place
     pieces = passage.weights.head() if by_pieces else [(0, passage.weights.whole_head(), head.bias)]
     for first, weight, bias in pieces:
-        for number, forward in enumerate(passage.forwards):
-            states = forward.normed.flatten(0, -2).split(TOKENS)
-            parts = [Answers.of(finish(linear(x, weight, bias)), k, first) for x in states]
-            here = Answers.together(parts)
-            found[number] = here if found[number] is None else found[number].join(here, k)
-    for answers in found:
-        yield _checked(answers, passage)
+        place = 0
+        for forward, known in zip(passage.forwards, states, strict=True):
+            for x in forward.normed.flatten(0, -2).split(TOKENS):
+                logits = finish(linear(x, weight, bias))
+                known[place] = step(known.get(place), logits, first, place)
+                place += len(x)
+    for known in states:
+        yield list(known.values())
 
 
-def _checked(answers: Answers, passage: Passage) -> Answers:
-    if torch.isfinite(answers.top[:, 0]).all():  # NaN counts as the highest
-        return answers
-    raise NotFinite(
+def head_not_finite(passage: Passage) -> NotFinite:
+    """What to raise when logits are not finite; all states before the head were found to be."""
+    return NotFinite(
         f"the logits of {type(passage.model).__name__} are not finite though all its blocks' "
         "outputs are: its head or the norm before it is damaged"
     )

@@ -12,6 +12,7 @@ import torch
 GPU_PACKAGES = {
     "unsloth": "faster fine-tuning; needs an environment of its own (pip install unsloth)",
     "flash_attn": "attention kernels (pip install flash-attn --no-build-isolation)",
+    "vllm": "answers in bulk; needs an environment of its own (pip install 'vllm>=0.10')",
     "mamba_ssm": "selective-scan kernels (pip install mamba-ssm --no-build-isolation)",
 }
 
@@ -46,6 +47,12 @@ def what_is_missing(package: str) -> list[str]:
     if importlib.util.find_spec(package) is None:
         missing.append(f"the package {package}: {GPU_PACKAGES[package]}")
     return missing
+
+
+def require(package: str, what_for: str) -> None:
+    """Raise ValueError, naming what is missing, unless an optional package can be used here."""
+    if missing := what_is_missing(package):
+        raise ValueError(f"{what_for} needs {package}; missing here: {'; '.join(missing)}")
 
 
 def main(arguments: list[str]) -> int:

@@ -13,11 +13,21 @@ and through b_j = log p_j, b_tail = log sum_{i not in top-k} p_i the gradient of
 
 so forward and backward need one pass over each chunk of logits. Hinton 2015 gives the T^2.
 
+Or the teacher is known by S tokens drawn from its whole distribution p (modeling/samples.py), and
+w_j is the share of the draws that gave token j. E[w] = p, there is no tail, and
+
+    L = sum_j w_j (log p_j - log q_j)     dL/dz_i = q_i - w_i     (q the student's)
+
+are unbiased estimates of KL(p || q) and of its gradient (Anshumann 2025). They are those of
+temperature 1: w estimates p, and no softened p could be had of it without the draws' own weights,
+which would have to be normalised by an estimate: so another temperature is refused.
+
 Letters: N tokens, D hidden width, V vocabulary, K stored teacher tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,23 +37,43 @@ ROWS = 8  # of logits looked at in one go: 1.6 MB at V = 49,152
 TINY = 1e-7  # smallest mass of a tail: float16 keeps its logarithm
 
 
+class _ByPosition:
+    """A record of tensors that share their first dimensions."""
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same with a function of each tensor."""
+        return type(self)(*map(function, vars(self).values()))
+
+    def __getitem__(self, part: Any) -> Self:
+        return self.each(lambda tensor: tensor[part])
+
+
 @dataclass(frozen=True)
-class SparseTargets:
-    """What is known of the teacher's next-token distribution at N positions."""
+class SparseTargets(_ByPosition):
+    """What is known of the teacher's next-token distribution at N positions: its top."""
 
     ids: Tensor  # (N, K) int64
     log_probs: Tensor  # (N, K) float32
     tail: Tensor  # (N,) float32, the mass outside the top-k
 
-    def __getitem__(self, part: slice) -> "SparseTargets":
-        return SparseTargets(self.ids[part], self.log_probs[part], self.tail[part])
+
+@dataclass(frozen=True)
+class SampledTargets(_ByPosition):
+    """What is known of the teacher's next-token distribution at N positions: draws from it."""
+
+    ids: Tensor  # (N, K) int64; anything where the share is 0
+    shares: Tensor  # (N, K) float32, of the draws; they sum to 1
+    log_prob: Tensor  # (N,) float32, the mean of the draws' log-probabilities
+
+
+Targets = SparseTargets | SampledTargets
 
 
 def head_loss(
     hidden: Tensor,
     head: Tensor,
     labels: Tensor,
-    targets: SparseTargets,
+    targets: Targets,
     kd_weight: float,
     ce_weight: float,
     temperature: float,
@@ -52,8 +82,13 @@ def head_loss(
 
     hidden (N, D), behind the final norm; head (V, D), frozen; labels (N,) int64.
     Gives the loss, which back-propagates to `hidden`, and the values of KL (nats, times T^2) and
-    CE (nats).
+    CE (nats). Raises ValueError for sampled targets at another temperature than 1.
     """
+    if isinstance(targets, SampledTargets) and temperature != 1:
+        raise ValueError(
+            f"the temperature is {temperature:g}, but sampled targets tell the teacher's "
+            "distribution at temperature 1 only"
+        )
     return _HeadLoss.apply(hidden, head, labels, targets, kd_weight, ce_weight, temperature)
 
 
@@ -65,7 +100,8 @@ class _HeadLoss(torch.autograd.Function):
         kl_sum = ce_sum = 0.0
         for start in range(0, count, CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            kl, ce, logit_gradient = _chunk(
+            chunk = _sampled_chunk if isinstance(targets, SampledTargets) else _chunk
+            kl, ce, logit_gradient = chunk(
                 (hidden[part] @ head.T).float(), labels[part], targets[part],
                 kd_weight, ce_weight, temperature,
             )  # fmt: skip
@@ -103,6 +139,25 @@ def _chunk(
     bucket = (q_log.exp() - t_log.exp()).mul_(kd_weight * temperature)  # (n, K + 1)
     p.mul_(bucket[:, -1:] / tail + ce_weight)
     p.scatter_(-1, targets.ids, bucket[:, :-1] + ce_weight * top.exp())
+    p.scatter_add_(-1, labels[:, None], torch.full_like(log_z, -ce_weight))
+    return kl, ce, p
+
+
+def _sampled_chunk(
+    logits: Tensor,  # (n, V) float32; overwritten
+    labels: Tensor,
+    targets: SampledTargets,
+    kd_weight: float,
+    ce_weight: float,
+    _temperature: float,
+) -> tuple[float, float, Tensor]:
+    """As `_chunk`, of draws."""
+    log_z = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+    ce = (log_z[:, 0] - logits.gather(-1, labels[:, None])[:, 0]).sum().item()
+    log_q = logits.gather(-1, targets.ids) - log_z  # (n, K)
+    kl = (targets.log_prob - (targets.shares * log_q).sum(-1)).sum().item()
+    p = logits.sub_(log_z).exp_().mul_(kd_weight + ce_weight)  # (n, V)
+    p.scatter_add_(-1, targets.ids, targets.shares.to(p.dtype) * -kd_weight)
     p.scatter_add_(-1, labels[:, None], torch.full_like(log_z, -ce_weight))
     return kl, ce, p
 

@@ -6,7 +6,7 @@ no result.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,14 @@ class Teacher:
 
 
 def open_teacher(
-    location: Location | Path, engine: str, batch_tokens: int, tokens: int,
+    location: Location | Path, engine: str, batch_tokens: int, tokens: int, kept_bytes: int = 0,
     device: torch.device | None = None,
 ) -> Teacher:  # fmt: skip
     """Open a causal language model with the engine that fits, or the one asked for.
 
     It computes on the device (the first GPU, else the CPU), in the type that this is fast in.
-    batch_tokens: tokens of one batch.  tokens: of all data.
+    batch_tokens: tokens of one batch.  tokens: of all data.  kept_bytes: of memory that a token's
+    answers take while it is under way.
     Raises WillNotFit, CannotStream, BadCheckpoint, ValueError for a model that is no causal
     language model, and FileNotFoundError when it is not there.
     """
@@ -82,6 +83,7 @@ def open_teacher(
         checkpoint, blocks, fused, left, dtype, batch_tokens, tokens, text.hidden_size,
         text.vocab_size,
     )  # fmt: skip
+    need = replace(need, token=need.token + kept_bytes)
     plan = choose_engine(need, engine, free_bytes(device), f"{device} in {str(dtype)[6:]}")
     if plan.engine == RESIDENT:
         model = open_model(folder, device)

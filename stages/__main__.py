@@ -112,10 +112,13 @@ def find_stage(name: str) -> Stage:
 
 def check_all_params(file: Path) -> int:
     """Build every stage's parameters from a params file, before anything costs anything."""
+    known = {path.parent.name for path in (ROOT / "stages").glob("*/stage.py")}
     try:
-        for name in read_params_file(file):
-            if (ROOT / "stages" / name / "stage.py").is_file():
-                read_section(file, name, find_stage(name).params)
+        stages = [find_stage(name) for name in read_params_file(file) if name in known]
+        sections = {stage.name: read_section(file, stage.name, stage.params) for stage in stages}
+        for stage in stages:
+            if stage.check_among:
+                stage.check_among(sections)
     except ValueError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT

@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,11 +40,16 @@ KEEP_FINGERPRINTS = 3  # unfinished work of other parameters that is kept
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: its name (one name everywhere), its parameters and its function."""
+    """A stage: its name (one name everywhere), its parameters and its function.
+
+    check_among: refuses, with a ValueError, parameters that other stages' contradict; it gets those
+    of all stages by name, before anything runs.
+    """
 
     name: str
     params: type
     run: Callable[[Any, "Job"], Metrics]
+    check_among: Callable[[Mapping[str, Any]], None] | None = None
 
 
 class Job:

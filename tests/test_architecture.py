@@ -32,6 +32,7 @@ DOORS = {
     "unsloth": ["modeling/backends.py"],
     "flash_attn": ["modeling/backends.py"],
     "mamba_ssm": ["modeling/backends.py"],
+    "vllm": ["modeling/vllm_engine.py"],
     "faiss": ["runtime/retrieval/index.py"],
     "fastapi": ["apps/"],
     "gradio": ["apps/"],

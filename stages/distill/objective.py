@@ -3,13 +3,14 @@
     L = kd_weight * T^2 KL(teacher_T || student_T) + ce_weight * CE
         + anchor_weight * sum_l w_l |W_l^T (P_l h_s - mean_l) - c_l|^2 / S
 
-over next-token positions; KL over the teacher's top-k and the tail (modeling/losses.py). c_l are
+over next-token positions; KL over the teacher's top-k and the tail, or estimated from draws
+(modeling/losses.py). c_l are
 the stored whitened coordinates of the teacher's anchor block l, W_l its whitening, so the last term
 is an error relative to the subspace's own variance; w_l are the blocks' ablation harms, normalised;
 P_l is a learned D x D map, started at the identity and thrown away afterwards.
 
 The prefix, the blocks that student and teacher share, is read from the targets: it is neither
-computed nor trained.
+computed nor trained. Without one, the student embeds the tokens itself; the embedding is shared.
 """
 
 from dataclasses import dataclass
@@ -129,9 +130,11 @@ class Objective:
 
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the blocks behind the prefix: the last state, and the output of every block."""
-        if self._calls is None or self._calls.hidden.shape[:2] != batch.tokens.shape:
+        known = self._calls is not None and self._calls.hidden.shape[:2] == batch.tokens.shape
+        if batch.prefix is None or not known:
             self._calls = capture_calls(self.student, batch.tokens)
-        hidden, states = batch.prefix.to(self.student.dtype), {}
+        hidden = self._calls.hidden if batch.prefix is None else batch.prefix
+        hidden, states = hidden.to(self.student.dtype), {}
         for index in range(self.prefix, len(self.anatomy.blocks)):
             hidden = run_block(self.anatomy.blocks[index], self._calls, index, hidden)
             states[index] = hidden

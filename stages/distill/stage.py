@@ -14,7 +14,9 @@ writes   student/, before_training/, text_only/: stock transformers folders; stu
 
 import copy
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from registry.catalog import lookup
 from stages.contract import Job, Metrics, Stage
@@ -71,6 +73,7 @@ def run(params: Params, job: Job) -> Metrics:
 
     teacher_name, targets_folder = only_teacher(job.inputs("extract"))
     targets = TeacherTargets(targets_folder)
+    check_targets(params, targets.header.samples, targets.header.anchors)
     profile = job.inputs("profile")[teacher_name]
     importance = read_importance(profile)
     prefix = targets.header.prefix_blocks
@@ -110,6 +113,28 @@ def run(params: Params, job: Job) -> Metrics:
     }
 
 
+def check_targets(params: Params, samples: int, anchors: Sequence) -> None:
+    """Refuse to teach what the targets do not tell: their draws a position, their anchors."""
+    if samples and params.temperature != 1:
+        raise ValueError(
+            f"'temperature' is {params.temperature:g}, but sampled targets tell the teacher's "
+            "distribution at temperature 1 only; set distill.temperature to 1, or "
+            "extract.answers to top_k"
+        )
+    if params.anchor_weight and not anchors:
+        raise ValueError(
+            f"'anchor_weight' is {params.anchor_weight:g}, but the targets have no anchors; set "
+            "distill.anchor_weight to 0, or extract.anchor_depths to some depths"
+        )
+
+
+def check_among(sections: Mapping[str, Any]) -> None:
+    """The same before anything runs, from all stages' parameters."""
+    if extract := sections.get("extract"):
+        samples = extract.samples if extract.answers == "sampled" else 0
+        check_targets(sections["distill"], samples, extract.anchor_depths)
+
+
 def build(teacher, dropped: list[int], rows, params: Params, job: Job) -> tuple:
     """Steps 1 and 2: the student before training, and each gap's explained residual.
 
@@ -146,4 +171,4 @@ def save_student(student, tokenizer, folder) -> None:
     tokenizer.save_pretrained(folder)
 
 
-STAGE = Stage("distill", Params, run)
+STAGE = Stage("distill", Params, run, check_among)

@@ -7,17 +7,18 @@ once; a checkpoint holds the states of the group that is under way.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from modeling.losses import SparseTargets
 from modeling.streaming import Passage
 from modeling.teacher import Teacher
 from stages.contract import Job
-from stages.extract.harvest import Wanted, harvest
+from stages.extract.harvest import Wanted, as_tensors, harvest
 from stages.formats.targets import write_shard
 
 
@@ -88,7 +89,8 @@ class Extraction:
             self.job.progress.cut_back("main", progress.step)
         last = {number: batch for batch, number in enumerate(home)}
         gathered: list[dict[str, Tensor]] = []
-        for sheaf in harvest(progress.passage, batches, self.wanted):
+        first = numbers.start * self.shards[0].numel()
+        for sheaf in harvest(progress.passage, batches, self.wanted, first):
             gathered.append(sheaf.tensors)
             number = home[sheaf.batch]
             if sheaf.batch != last[number]:
@@ -106,6 +108,33 @@ class Extraction:
     def _steps_before(self, numbers: range) -> int:
         done = next(index for index, group in enumerate(self.groups) if group == numbers)
         return sum(len(group) * len(self.teacher.blocks) + 1 for group in self.groups[:done])
+
+
+class ShardsDone:
+    """How many shards are done, where nothing else has to be kept."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def save(self, folder: Path) -> None:
+        """Write shards.json."""
+        (folder / "shards.json").write_text(json.dumps(self.count), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        self.count = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
+
+
+def extract_answers(
+    ask: Callable[[Tensor], SparseTargets], shards: Sequence[Tensor], vocabulary: int, job: Job
+) -> None:
+    """The same with an engine that gives answers alone; a step is a shard of rows (R, T)."""
+    done = job.resume(ShardsDone())
+    for number in range(done.count, len(shards)):
+        tokens = shards[number]
+        write_shard(job.output, number, as_tensors(ask(tokens), tokens, vocabulary))
+        done.count = number + 1
+        job.step_done(done, done.count, len(shards))
 
 
 def join(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

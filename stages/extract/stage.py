@@ -3,26 +3,35 @@
 Steps, for all training rows, block by block (modeling/streaming.py):
   1. keep the state behind the first blocks: a student that shares them reads it from here
   2. keep anchor blocks' outputs, only as whitened coordinates in their principal subspaces
-  3. at the head, keep the most likely next tokens, their log-probabilities, and the others' mass
+  3. at the head, keep the most likely next tokens, their log-probabilities, and the others' mass;
+     or tokens drawn from the whole distribution (modeling/samples.py)
 
 reads    prepare   training rows
          profile   subspaces
 writes   shards of targets (stages/formats/targets.py)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modeling.memory import ENGINES
 from stages.contract import Job, Metrics, Stage
 from stages.params import require_at_least, require_one_of, require_within
+
+TOP_K, SAMPLED = "top_k", "sampled"
+VLLM = "vllm"  # an engine for answers alone
+MOST_SAMPLES = (1 << 16) - 1  # what the counts of stages/formats/targets.py can tell
 
 
 @dataclass(frozen=True)
 class Params:
     """The section `extract` of params.yaml; comments and units stand there."""
 
+    answers: str
     top_k: int
+    samples: int
     prefix_depth: float
     anchor_depths: tuple[float, ...]
     batch_rows: int
@@ -35,10 +44,19 @@ class Params:
             1, top_k=self.top_k, batch_rows=self.batch_rows, shard_rows=self.shard_rows
         )
         require_at_least(0, seed=self.seed)
+        require_one_of((TOP_K, SAMPLED), answers=self.answers)
+        require_within(1, MOST_SAMPLES, samples=self.samples)
         require_within(0.0, 0.9, prefix_depth=self.prefix_depth)
         for depth in self.anchor_depths:
             require_within(self.prefix_depth, 1.0, anchor_depths=depth)
-        require_one_of(ENGINES, engine=self.engine)
+        require_one_of((*ENGINES, VLLM), engine=self.engine)
+        if self.engine == VLLM and (
+            self.prefix_depth or self.anchor_depths or self.answers == SAMPLED
+        ):
+            raise ValueError(
+                f"'engine' is '{VLLM}', which gives the most likely next tokens and nothing else; "
+                f"set 'prefix_depth' to 0.0, 'anchor_depths' to [] and 'answers' to {TOP_K}"
+            )
         if self.shard_rows % self.batch_rows:
             raise ValueError(
                 f"'shard_rows' ({self.shard_rows}) must be a multiple of 'batch_rows' "
@@ -51,35 +69,73 @@ def run(params: Params, job: Job) -> Metrics:
     import torch
 
     from modeling.loading import locate, open_tokenizer
-    from modeling.teacher import open_teacher
-    from stages.extract.extraction import Extraction
-    from stages.extract.harvest import Wanted
-    from stages.formats.importance import read_subspaces, share_of_depth
     from stages.formats.targets import write_header
     from stages.formats.tokens import check_tokenizer, read_all_rows
 
+    check_engine(params)
     prepared, location = job.input("prepare"), locate(job.item)
     check_tokenizer(prepared, job.item, open_tokenizer(location))
     rows = torch.from_numpy(read_all_rows(prepared, "train", params.seed))
+    keep = by_vllm if params.engine == VLLM else by_blocks
+    prefix, anchors = keep(params, location, rows, job)
+    fields = {"teacher": job.item, "prefix_blocks": prefix, "anchors": anchors}
+    samples = params.samples if params.answers == SAMPLED else 0
+    write_header(job.output, samples, **fields, rows=len(rows), row_tokens=rows.shape[1])
+    return measure(job.output, rows.numel(), samples)
+
+
+def by_blocks(params: Params, location, rows, job: Job) -> tuple[int, tuple[int, ...]]:
+    """Steps 1 to 3 with the model's own forward; gives the prefix and the anchor blocks."""
+    from modeling.samples import DRAW_BYTES
+    from modeling.teacher import open_teacher
+    from stages.extract.extraction import Extraction
+    from stages.extract.harvest import Sampling, Wanted
+    from stages.formats.importance import read_subspaces, share_of_depth
+
     batch_tokens = params.batch_rows * rows.shape[1]
-    teacher = open_teacher(location, params.engine, batch_tokens, rows.numel())
+    sampling = Sampling(params.samples, params.seed) if params.answers == SAMPLED else None
+    kept = sampling.draws * DRAW_BYTES if sampling else 0
+    teacher = open_teacher(location, params.engine, batch_tokens, rows.numel(), kept)
     job.say(teacher.plan.sentence)
     blocks = len(teacher.blocks)
     prefix = share_of_depth(params.prefix_depth, blocks)
     anchors = tuple(sorted({share_of_depth(d, blocks) - 1 for d in params.anchor_depths}))
     vocabulary = teacher.model.get_output_embeddings().weight.shape[0]
     check_fit(params, prefix, anchors, blocks, vocabulary)
-    wanted = Wanted(params.top_k, prefix, anchors, read_subspaces(job.input("profile")))
+    subspaces = read_subspaces(job.input("profile"))
+    wanted = Wanted(params.top_k, prefix, anchors, subspaces, sampling)
     Extraction(teacher, rows, wanted, params.batch_rows, params.shard_rows, job).run()
     teacher.close()
-    fields = {"teacher": job.item, "prefix_blocks": prefix, "anchors": anchors}
-    write_header(job.output, **fields, rows=len(rows), row_tokens=rows.shape[1])
-    size = sum(path.stat().st_size for path in job.output.glob("*.safetensors"))
-    return {
-        "tokens": rows.numel(),
-        "bytes_per_token": round(size / rows.numel(), 1),
-        "top_k_mass": round(1 - mean_tail(job.output), 5),
-    }
+    return prefix, anchors
+
+
+def by_vllm(params: Params, location, rows, job: Job) -> tuple[int, tuple[int, ...]]:
+    """Step 3 with vLLM; gives that there is no prefix and no anchor block."""
+    from modeling.loading import weights_folder
+    from modeling.teacher import read_config
+    from modeling.vllm_engine import open_vllm
+    from stages.extract.extraction import extract_answers
+
+    folder = weights_folder(location)
+    vocabulary = read_config(folder).get_text_config().vocab_size
+    check_fit(params, 0, (), 1, vocabulary)
+    teacher = open_vllm(folder, params.top_k, params.batch_rows, rows.shape[1])
+    job.say("vllm: as asked (answers near to the other engines', not equal to the bit)")
+    extract_answers(teacher.answers, rows.split(params.shard_rows), vocabulary, job)
+    return 0, ()
+
+
+def check_engine(params: Params) -> None:
+    """Refuse an engine that this machine does not have."""
+    if params.engine == VLLM:
+        from modeling.backends import require
+
+        require(VLLM, f"extract.engine '{VLLM}'")
+
+
+def check_among(sections: Mapping[str, Any]) -> None:
+    """The same before anything runs."""
+    check_engine(sections["extract"])
 
 
 def check_fit(
@@ -92,20 +148,38 @@ def check_fit(
             f"'anchor_depths' names block {first} of {blocks}, in the prefix of {prefix}, which "
             "no student computes; raise it or lower 'prefix_depth'"
         )
-    if params.top_k > vocabulary:
+    if params.answers == TOP_K and params.top_k > vocabulary:
         raise ValueError(f"'top_k' is {params.top_k}; the teacher has {vocabulary} tokens")
 
 
-def mean_tail(folder: Path) -> float:
-    """The mean mass outside the top-k, read back from all shards, resumed or not."""
+def measure(folder: Path, tokens: int, samples: int) -> Metrics:
+    """Sizes in bytes a token, and how much of the teacher's distribution is kept."""
+
+    def bytes_per_token(pattern: str) -> float:
+        return round(sum(path.stat().st_size for path in folder.glob(pattern)) / tokens, 1)
+
+    sizes = {
+        "tokens": tokens,
+        "bytes_per_token": bytes_per_token("*.safetensors"),
+        "answers_bytes_per_token": bytes_per_token("answers-*.safetensors"),
+    }
+    if samples:
+        distinct, log_prob = (mean_of(folder, name) for name in ("distinct", "log_prob"))
+        return {**sizes, "distinct_samples": round(distinct, 2), "entropy": round(-log_prob, 5)}
+    return {**sizes, "top_k_mass": round(1 - mean_of(folder, "tail", exponential=True), 5)}
+
+
+def mean_of(folder: Path, name: str, exponential: bool = False) -> float:
+    """The mean of one tensor of the answers, read back from all shards, resumed or not."""
     import torch
     from safetensors import safe_open
 
-    tails = []
+    parts = []
     for path in sorted(folder.glob("answers-*.safetensors")):
         with safe_open(path, "pt") as shard:
-            tails.append(shard.get_tensor("tail").float().exp().flatten())
-    return torch.cat(tails).mean().item()
+            parts.append(shard.get_tensor(name).float().flatten())
+    values = torch.cat(parts)
+    return (values.exp() if exponential else values).mean().item()
 
 
-STAGE = Stage("extract", Params, run)
+STAGE = Stage("extract", Params, run, check_among)

@@ -3,22 +3,29 @@
     targets.json                what the shards hold (see Header) and the checksum of each file
     answers-00000.safetensors   R rows of T tokens:
         tokens     (R, T)     the input
+      where the header's `samples` is 0:
         ids        (R, T, K)  the teacher's K most likely next tokens, the most likely first
         log_probs  (R, T, K)  float16   and their log-probabilities
         tail       (R, T)     float16   the log of all other tokens' mass
-    prefix-00000.safetensors
+      where it is S, draws from the teacher's distribution:
+        ids        (E,)       the different tokens of each position, one position behind the other
+        counts     (E,)       how many of the S draws gave each
+        distinct   (R, T)     how many entries of `ids` and `counts` are a position's
+        log_prob   (R, T)     float16   the mean of the draws' log-probabilities
+    prefix-00000.safetensors    where prefix_blocks is not 0
         prefix     (R, T, D)  bfloat16  the state behind the first `prefix_blocks` blocks
     anchor-12-00000.safetensors
         anchor.12  (R, T, S)  bfloat16  whitened coordinates of block 12's output in its subspace
 
-Token ids are uint16 where the vocabulary allows, else int32. The top 64 alone hold about nine
-tenths of the mass on text, so the tail is not optional. Bytes a token at K = 64, S = 64 with two
-anchors and D = 576: answers 260, anchors 256, prefix 1,152.
+Token ids are uint16 where the vocabulary allows, else int32; counts and distinct are uint8 for up
+to 255 draws, else uint16. The top 64 alone hold about nine tenths of the mass on text, so the tail
+is not optional. Bytes a token at K = 64, S = 64 with two anchors and D = 576: answers 260, anchors
+256, prefix 1,152; E draws that differ take 3 E + 5 instead of 260, or 4 E + 6.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,21 +33,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modeling.losses import SparseTargets
+from modeling.losses import SampledTargets, SparseTargets, Targets
 from stages.digests import Damaged, file_digest
 
 HEADER = "targets.json"
+VERSION = 2  # of the format; 1 had no draws, and a prefix of no blocks
+MOST_SAMPLES = (1 << 16) - 1  # that counts can tell
 
 
 @dataclass(frozen=True)
 class Header:
     """What a set of targets holds.
 
-    teacher: registry name.  prefix_blocks: how many blocks `prefix` stands behind.
-    anchors: block indices.  rows: in all.  files: name -> SHA-256.
+    teacher: registry name.  samples: draws a position, 0 where its top is kept.
+    prefix_blocks: how many blocks `prefix` stands behind.  anchors: block indices.  rows: in all.
+    files: name -> SHA-256.
     """
 
+    version: int
     teacher: str
+    samples: int
     prefix_blocks: int
     anchors: tuple[int, ...]
     rows: int
@@ -53,18 +65,14 @@ class Batch:
     """Some rows of targets; shapes as in the module, flattened nowhere."""
 
     tokens: Tensor  # (B, T) int64
-    ids: Tensor  # (B, T, K) int64
-    log_probs: Tensor  # (B, T, K) float32
-    tail: Tensor  # (B, T) float32, a mass
-    prefix: Tensor  # (B, T, D) bfloat16
+    targets: Targets  # of (B, T) positions
+    prefix: Tensor | None  # (B, T, D) bfloat16; None where the prefix has no blocks
     anchors: dict[int, Tensor]  # block -> (B, T, S) float32
 
-    def next_token(self) -> tuple[Tensor, SparseTargets]:
+    def next_token(self) -> tuple[Tensor, Targets]:
         """Labels and teacher targets of all positions that have a next token: B (T - 1) of them."""
-        labels = self.tokens[:, 1:].flatten()
-        parts = (self.ids[:, :-1], self.log_probs[:, :-1])
-        ids, log_probs = (part.flatten(0, 1) for part in parts)
-        return labels, SparseTargets(ids, log_probs, self.tail[:, :-1].flatten())
+        targets = self.targets[:, :-1].each(lambda tensor: tensor.flatten(0, 1))
+        return self.tokens[:, 1:].flatten(), targets
 
 
 def write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
@@ -85,10 +93,15 @@ def narrow(ids: Tensor, vocabulary: int) -> Tensor:
     return ids.to(torch.uint16 if vocabulary <= 1 << 16 else torch.int32)
 
 
-def write_header(folder: Path, **fields) -> None:
-    """Checksum all files and write targets.json; `fields` are those of Header but `files`."""
+def narrow_counts(counts: Tensor, samples: int) -> Tensor:
+    """Counts of draws in the smallest type that holds all of them."""
+    return counts.to(torch.uint8 if samples < 1 << 8 else torch.uint16)
+
+
+def write_header(folder: Path, samples: int = 0, **fields) -> None:
+    """Checksum all files and write targets.json; `fields` are those of Header that are left."""
     files = {path.name: file_digest(path) for path in sorted(folder.glob("*-*.safetensors"))}
-    header = Header(**fields, files=files)
+    header = Header(version=VERSION, samples=samples, **fields, files=files)
     (folder / HEADER).write_text(json.dumps(asdict(header), indent=1), encoding="utf-8")
 
 
@@ -100,6 +113,11 @@ class TeacherTargets:
 
     def __init__(self, folder: Path) -> None:
         fields = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        if fields.get("version") != VERSION:
+            raise ValueError(
+                f"{folder / HEADER} is of version {fields.get('version', 1)} of the format, and "
+                f"{VERSION} is read; extract it again: ./run_pipeline.sh --from extract"
+            )
         self.header = Header(**{**fields, "anchors": tuple(fields["anchors"])})
         self._shards: dict[str, dict[str, Tensor]] = defaultdict(dict)  # number -> tensors
         for name, digest in self.header.files.items():
@@ -112,23 +130,43 @@ class TeacherTargets:
         sizes = [len(self._shards[number]["tokens"]) for number in sorted(self._shards)]
         self._places = [(n, row) for n, size in enumerate(sizes) for row in range(size)]
         self._ordered = [self._shards[number] for number in sorted(self._shards)]
+        if self.header.samples:
+            self._ends = [shard["distinct"].long().sum(-1).cumsum(0) for shard in self._ordered]
 
     def rows(self, picks: Tensor) -> Batch:
         """Give the rows at `picks` (B,)."""
         places = [self._places[pick] for pick in picks.tolist()]
-        names = self._ordered[0]
-        part = {
-            name: torch.stack([self._ordered[shard][name][row] for shard, row in places])
-            for name in names
-        }
+
+        def stacked(name: str) -> Tensor:
+            return torch.stack([self._ordered[shard][name][row] for shard, row in places])
+
         return Batch(
-            tokens=part["tokens"].long(),
-            ids=part["ids"].long(),
-            log_probs=part["log_probs"].float(),
-            tail=part["tail"].float().exp(),
-            prefix=part["prefix"],
-            anchors={block: part[f"anchor.{block}"].float() for block in self.header.anchors},
+            tokens=stacked("tokens").long(),
+            targets=self._draws(places, stacked) if self.header.samples else _top(stacked),
+            prefix=stacked("prefix") if self.header.prefix_blocks else None,
+            anchors={block: stacked(f"anchor.{block}").float() for block in self.header.anchors},
         )
+
+    def _draws(
+        self, places: list[tuple[int, int]], stacked: Callable[[str], Tensor]
+    ) -> SampledTargets:
+        """The draws of some rows, filled up with shares of 0 to the same number a position."""
+        entries = [self._entries(shard, row) for shard, row in places]
+        ids, counts = (torch.cat(column) for column in zip(*entries, strict=True))
+        distinct = stacked("distinct").long()
+        there = torch.arange(int(distinct.max())) < distinct[..., None]  # (B, T, K)
+        padded = torch.zeros(there.shape, dtype=torch.int64)
+        return SampledTargets(
+            ids=padded.masked_scatter(there, ids),
+            shares=padded.masked_scatter(there, counts).float() / self.header.samples,
+            log_prob=stacked("log_prob").float(),
+        )
+
+    def _entries(self, shard: int, row: int) -> tuple[Tensor, Tensor]:
+        """Ids and counts of one row, (E,) int64 each."""
+        ends, tensors = self._ends[shard], self._ordered[shard]
+        part = slice(int(ends[row - 1]) if row else 0, int(ends[row]))
+        return tensors["ids"][part].long(), tensors["counts"][part].long()
 
     def batches(self, rows: int, steps: int, seed: int, start: int) -> Iterator[Batch]:
         """Give batches `start` to `steps` of a shuffled, endless pass over all rows.
@@ -146,3 +184,11 @@ class TeacherTargets:
             order = torch.randperm(self.header.rows, generator=generator)
             first = step % per_epoch * rows
             yield self.rows(order[first : first + rows])
+
+
+def _top(stacked: Callable[[str], Tensor]) -> SparseTargets:
+    return SparseTargets(
+        ids=stacked("ids").long(),
+        log_probs=stacked("log_probs").float(),
+        tail=stacked("tail").float().exp(),
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modeling.blocks import dissect
-from modeling.losses import head_loss
+from modeling.losses import SparseTargets, head_loss
 from stages.distill.objective import (
     Anchor,
     AnchorMaps,
@@ -202,9 +202,11 @@ def test_a_map_starts_as_the_identity() -> None:
 def test_the_text_alone_teaches_nothing_about_the_teacher(batch: Batch) -> None:
     """The control would be no control if anything of the teacher's answers reached it."""
     other = copy.copy(vars(batch))
-    other["ids"] = (batch.ids + 11).remainder(97)
-    other["log_probs"] = batch.log_probs.flip(0) - 1.0
-    other["tail"] = torch.full_like(batch.tail, 0.5)
+    answers = batch.targets
+    other["targets"] = SparseTargets(
+        (answers.ids + 11).remainder(97), answers.log_probs.flip(0) - 1.0,
+        torch.full_like(answers.tail, 0.5),
+    )  # fmt: skip
     other["anchors"] = {block: -kept for block, kept in batch.anchors.items()}
     _, one = gradients(student_without(4), CE, batch, [4])
     _, two = gradients(student_without(4), CE, Batch(**other), [4])

@@ -76,10 +76,10 @@ def test_the_prefix_is_the_output_of_the_block_before(build: Callable, dtype: to
         assert torch.equal(found["prefix"], outputs[prefix - 1].bfloat16())
 
 
-def test_without_a_prefix_the_embedding_is_kept() -> None:
+def test_without_a_prefix_no_state_is_kept() -> None:
     model, tokens = teacher(), rows(2)
     found = read_answers(model, tokens, TOP_K, 0, (3,), subspaces_of(model, tokens))
-    assert torch.equal(found["prefix"], model.get_input_embeddings()(tokens))
+    assert set(found) == {"tokens", "ids", "log_probs", "tail", "anchor.3"}
 
 
 @every_dtype
@@ -130,8 +130,8 @@ def test_all_tokens_may_be_kept() -> None:
 # --- the stage -------------------------------------------------------------------------------
 
 GOOD = {
-    "top_k": 8, "prefix_depth": 0.333, "anchor_depths": (0.667, 1.0), "batch_rows": 2,
-    "shard_rows": 4, "engine": "auto", "seed": 0,
+    "answers": "top_k", "top_k": 8, "samples": 8, "prefix_depth": 0.333,
+    "anchor_depths": (0.667, 1.0), "batch_rows": 2, "shard_rows": 4, "engine": "auto", "seed": 0,
 }  # fmt: skip
 
 
@@ -143,7 +143,14 @@ GOOD = {
         ({"anchor_depths": (1.1,)}, "'anchor_depths' is 1.1"),
         ({"prefix_depth": 1.0}, "'prefix_depth' is 1.0"),
         ({"top_k": 0}, "'top_k' is 0"),
-        ({"engine": "vllm"}, "'engine' is 'vllm'; it must be one of auto, resident"),
+        ({"samples": 0}, "'samples' is 0; it must lie between 1 and 65535"),
+        ({"samples": 65_536}, "'samples' is 65536"),
+        ({"answers": "drawn"}, "'answers' is 'drawn'; it must be one of top_k, sampled"),
+        ({"engine": "fast"}, "'engine' is 'fast'; it must be one of auto, resident"),
+        (
+            {"engine": "vllm"},
+            "'engine' is 'vllm'.*'prefix_depth' to 0.0, 'anchor_depths' to .. and",
+        ),
     ],
 )
 def test_contradictions_are_refused(changed: dict, message: str) -> None:
@@ -165,7 +172,7 @@ def test_the_stage_keeps_every_training_row_once(dag: TinyDag) -> None:
     found = targets.rows(torch.arange(header.rows)).tokens
     assert sorted(found.tolist()) == sorted(rows(10, start=len("train")).tolist())
     assert metrics["tokens"] == found.numel()
-    tail = targets.rows(torch.arange(10)).tail.mean().item()
+    tail = targets.rows(torch.arange(10)).targets.tail.mean().item()
     assert metrics["top_k_mass"] == pytest.approx(1 - tail, abs=1e-4)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.digests import Damaged
-from stages.extract.stage import mean_tail
+from stages.extract.stage import mean_of
 from stages.formats.targets import TeacherTargets
 from tests.stages.lessons import (
     ANCHORS,
@@ -35,9 +35,9 @@ def test_targets_come_back_as_they_were_extracted(tmp_path: Path) -> None:
     batch = targets.rows(picks)
     assert torch.equal(batch.tokens, tokens[picks])
     assert torch.equal(batch.prefix, whole["prefix"][picks])
-    assert torch.equal(batch.ids, whole["ids"][picks].long())
-    assert torch.equal(batch.log_probs, whole["log_probs"][picks].float())
-    assert torch.equal(batch.tail, whole["tail"][picks].float().exp())
+    assert torch.equal(batch.targets.ids, whole["ids"][picks].long())
+    assert torch.equal(batch.targets.log_probs, whole["log_probs"][picks].float())
+    assert torch.equal(batch.targets.tail, whole["tail"][picks].float().exp())
     for block in ANCHORS:
         assert torch.equal(batch.anchors[block], whole[f"anchor.{block}"][picks].float())
 
@@ -66,8 +66,8 @@ def test_a_missing_shard_is_refused_naming_the_file_and_what_to_do(tmp_path: Pat
 
 def test_the_mean_tail_is_that_of_all_tokens(tmp_path: Path) -> None:
     targets = write_targets(tmp_path, teacher(), rows(10), shard_rows=4)  # shards of 4, 4 and 2
-    expected = targets.rows(torch.arange(10)).tail.mean().item()
-    assert mean_tail(tmp_path) == pytest.approx(expected, rel=1e-5)
+    expected = targets.rows(torch.arange(10)).targets.tail.mean().item()
+    assert mean_of(tmp_path, "tail", exponential=True) == pytest.approx(expected, rel=1e-5)
 
 
 # --- batches ---------------------------------------------------------------------------------

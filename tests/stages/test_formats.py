@@ -197,11 +197,11 @@ def test_targets_come_back_in_the_order_they_were_written(tmp_path: Path) -> Non
     for row, (shard, place) in enumerate([(0, 0), (1, 1), (2, 1)]):
         source = written[shard]
         assert torch.equal(batch.tokens[row], source["tokens"][place].long())
-        assert torch.equal(batch.ids[row], source["ids"][place].long())
-        assert torch.equal(batch.log_probs[row], source["log_probs"][place].float())
+        assert torch.equal(batch.targets.ids[row], source["ids"][place].long())
+        assert torch.equal(batch.targets.log_probs[row], source["log_probs"][place].float())
         assert torch.equal(batch.prefix[row], source["prefix"][place])
         assert torch.equal(batch.anchors[2][row], source["anchor.2"][place].float())
-    torch.testing.assert_close(batch.tail, torch.full((3, 5), 0.1), atol=2e-4, rtol=0)
+    torch.testing.assert_close(batch.targets.tail, torch.full((3, 5), 0.1), atol=2e-4, rtol=0)
 
 
 def test_every_position_but_the_last_has_the_next_token_as_its_label(tmp_path: Path) -> None:

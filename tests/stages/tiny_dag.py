@@ -30,8 +30,9 @@ TEACHER, BLOCKS = "smollm2-135m", 8
 HARMS = (9.0, 8.0, 7.0, 6.0, 3.0, 0.2, 0.3, 0.4)  # 5, 6 and 7 go when three do
 PARAMS = {
     "extract": {
-        "top_k": 16, "prefix_depth": 0.333, "anchor_depths": [0.5, 0.625, 1.0], "batch_rows": 2,
-        "shard_rows": 4, "engine": "resident", "seed": 0,
+        "answers": "top_k", "top_k": 16, "samples": 20, "prefix_depth": 0.333,
+        "anchor_depths": [0.5, 0.625, 1.0], "batch_rows": 2, "shard_rows": 4,
+        "engine": "resident", "seed": 0,
     },
     "distill": {
         "student": "pruned-27", "patch_rows": 6, "patch_ridge": 0.1, "steps": 6, "batch_rows": 3,
