@@ -68,7 +68,7 @@ def need_of(
     checkpoint: "Checkpoint", blocks: list[list[str]], fused: Collection[str],
     dtype: "torch.dtype", batch_tokens: int, tokens: int, width: int, vocabulary: int,
 ) -> Need:  # fmt: skip
-    """Add up what a model needs.
+    """Add up what a model needs; a block whole, even where fewer of its experts will be read.
 
     blocks: the checkpoint's tensor names by block.  fused: those that are joined with others.
     batch_tokens: in one batch.  tokens: of all data.  width, vocabulary: of the model.

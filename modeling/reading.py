@@ -67,9 +67,9 @@ class Reader:
         self.parts = parts
         self.bytes_read = 0
         self._spans = {part: plan_spans(places.values()) for part, places in parts.items()}
-        sizes = (sum(s.end - s.begin for s in spans) for spans in self._spans.values())
-        size = max([PAGE, *sizes])
+        size = max([PAGE, *map(_size_of, self._spans.values())])
         self._free = [_buffer(size) for _ in range(2)]
+        self._beside = torch.empty(0, dtype=torch.uint8)
         self._used: dict[int, Tensor] = {}
         self._pool = ThreadPoolExecutor(1, "reader")
         self._coming: dict[int, Future] = {}
@@ -91,32 +91,32 @@ class Reader:
         """Begin to read a part, where a buffer is free for it."""
         if part in self.parts and part not in self._used and self._free:
             self._used[part] = self._free.pop()
-            self._coming[part] = self._pool.submit(self._read, part, self._used[part])
+            self._coming[part] = self._pool.submit(self._read, self._spans[part], self._used[part])
 
     def get(self, part: int) -> dict[str, Tensor]:
         """The tensors of a part, by name; valid until `release`."""
         self.ahead(part)
         self._coming[part].result()
-        return {name: self._view(part, place) for name, place in self.parts[part].items()}
+        spans, buffer = self._spans[part], self._used[part]
+        return {name: _view(spans, buffer, place) for name, place in self.parts[part].items()}
+
+    def read_now(self, places: dict[tuple[str, int], Place]) -> dict[tuple[str, int], Tensor]:
+        """Tensors of no part, behind what is being read; valid until this is called again."""
+        spans = plan_spans(places.values())
+        if len(self._beside) < _size_of(spans):
+            self._beside = torch.empty(0, dtype=torch.uint8)  # gone before the larger one comes
+            self._beside = _buffer(_size_of(spans))
+        self._pool.submit(self._read, spans, self._beside).result()
+        return {key: _view(spans, self._beside, place) for key, place in places.items()}
 
     def release(self, part: int) -> None:
         """Give the part's buffer back; nothing may use its tensors from here on."""
         del self._coming[part]
         self._free.append(self._used.pop(part))
 
-    def _view(self, part: int, place: Place) -> Tensor:
-        if not place.size:  # it may lie behind the last span
-            return torch.empty(place.shape, dtype=place.dtype)
-        span = next(
-            span
-            for span in self._spans[part]
-            if span.file == place.file and span.begin <= place.offset < span.end
-        )
-        return view(self._used[part], place, span.at + place.offset - span.begin)
-
-    def _read(self, part: int, buffer: Tensor) -> None:
+    def _read(self, spans: list[Span], buffer: Tensor) -> None:
         memory = memoryview(buffer.numpy())
-        for span in self._spans[part]:
+        for span in spans:
             if span.file not in self._files:
                 self._files[span.file] = OpenFile(span.file)
             file = self._files[span.file]
@@ -125,6 +125,20 @@ class Reader:
                 at = span.at + begin - span.begin
                 wanted = min(end, span.last) - begin
                 self.bytes_read += file.read(memory[at : at + end - begin], begin, wanted)
+
+
+def _size_of(spans: list[Span]) -> int:
+    return sum(span.end - span.begin for span in spans)
+
+
+def _view(spans: list[Span], buffer: Tensor, place: Place) -> Tensor:
+    """A tensor of a buffer that these spans were read into."""
+    if not place.size:  # it may lie behind the last span
+        return torch.empty(place.shape, dtype=place.dtype)
+    span = next(
+        span for span in spans if span.file == place.file and span.begin <= place.offset < span.end
+    )
+    return view(buffer, place, span.at + place.offset - span.begin)
 
 
 def view(memory: Tensor, place: Place, at: int) -> Tensor:

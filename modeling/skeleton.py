@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,18 +55,27 @@ class Unread:
         return self._tensor.to(dtype=dtype or self.dtype)
 
 
+class Target(NamedTuple):
+    """Where a checkpoint's tensor goes, and the pattern and conversion that take it there."""
+
+    name: str  # the parameter or buffer; the first of them where it is cut up
+    pattern: str | None
+    converter: WeightConverter | None
+
+
 @dataclass
 class Skeleton:
     """A model whose parameters hold nothing until `fill` is called for their part.
 
     parts: block index (or OUTSIDE) -> names of the checkpoint's tensors.  fused: those that the
-    model holds joined with others, or cut up.
+    model holds joined with others, or cut up.  targets: where each of a part's tensors goes.
     """
 
     model: PreTrainedModel
     blocks: list[nn.Module]
     parts: dict[int, list[str]]
     fused: set[str]
+    targets: dict[str, Target]
 
     def __post_init__(self) -> None:
         self._loading = LoadStateDictConfig(
@@ -151,14 +161,18 @@ def _conversions(model: PreTrainedModel) -> list:
     return get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
 
 
-def _parts(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[int, list[str]], set[str]]:
-    """Sort the checkpoint's tensors by block, and find those that are fused; one that several
-    blocks share is OUTSIDE."""
+def _parts(
+    model: PreTrainedModel, names: Iterable[str]
+) -> tuple[dict[int, list[str]], set[str], dict[str, Target]]:
+    """Sort the checkpoint's tensors by block, and find those that are fused, and where each goes;
+    one that several blocks share is OUTSIDE."""
     owners = _owners(model)
     conversions = _conversions(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     known = model.state_dict()
+    targets = {}
     parts: dict[int, list[str]] = defaultdict(list)
     fused = set()
     for name in names:
@@ -170,7 +184,8 @@ def _parts(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[int, list
         if target in known:  # else the model has no use for it
             parts[owners.get(target, OUTSIDE)].append(name)
             fused |= {name} if pattern else set()
-    return dict(parts), fused
+            targets[name] = Target(target, pattern, by_pattern.get(pattern))
+    return dict(parts), fused, targets
 
 
 def _owners(model: PreTrainedModel) -> dict[str, int]:

@@ -6,7 +6,7 @@ no result.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from modeling.checkpoint import read_checkpoint
 from modeling.loading import Location, open_model, weights_folder
 from modeling.memory import RESIDENT, STREAMED, Plan, choose_engine, free_bytes, need_of
 from modeling.skeleton import OUTSIDE, CannotStream, build_skeleton
-from modeling.streaming import Passage, Weights
-from modeling.weights import Resident, Streamed
+from modeling.streaming import Passage
+from modeling.weights import Resident, Streamed, Weights
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,11 @@ def open_teacher(location: Location | Path, engine: str, batch_tokens: int, toke
     if plan.engine == RESIDENT:
         model = open_model(folder)
         return Teacher(model, find_units(model), Resident(model), plan)
-    return Teacher(skeleton.model, skeleton.blocks, Streamed(skeleton, checkpoint), plan)
+    weights = Streamed(skeleton, checkpoint, min(tokens, plan.tokens_at_once))
+    if weights.routed:
+        sentence = f"{plan.sentence}; experts of {len(weights.routed)} blocks as they are routed to"
+        plan = replace(plan, sentence=sentence)
+    return Teacher(skeleton.model, skeleton.blocks, weights, plan)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
