@@ -1,7 +1,7 @@
 """Read only those experts of a block that are routed to, where few tokens go through together.
 
 The experts of a mixture are most of its bytes, and a token uses k of E. N tokens that choose at
-random leave (1 - k / E)^N of the experts unread; real routers repeat themselves and leave more. A
+random leave (1 - k / E)^N of the experts unread; a router that repeats itself leaves more. A
 read that waits for the router cannot begin while the block before computes, so below a coverage of
 ROUTED_BELOW alone a block is *routed*: read without its experts, run up to them by every batch, and
 given the union of what all batches chose. The module then holds those experts alone, in the order
