@@ -69,7 +69,7 @@ def need_of(
     left: Collection[str], dtype: "torch.dtype", batch_tokens: int, tokens: int, width: int,
     vocabulary: int,
 ) -> Need:  # fmt: skip
-    """Add up what a model needs.
+    """Add up what a model needs; a block whole, even where fewer of its experts will be read.
 
     blocks: the checkpoint's tensor names by block.  fused: those that are joined with others.
     left: those that stay on disk when streamed, though they are in no block.  batch_tokens: in one

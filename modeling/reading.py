@@ -85,10 +85,10 @@ class Reader:
         self._staging = staging
         self.bytes_read = 0
         self._spans = {part: plan_spans(places.values()) for part, places in parts.items()}
-        sizes = (sum(s.end - s.begin for s in spans) for spans in self._spans.values())
-        size = max([PAGE, *sizes])
-        device = staging.device if staging else CPU
-        self._free = [_buffer(size, device) for _ in range(2)]
+        size = max([PAGE, *map(_size_of, self._spans.values())])
+        self._device = staging.device if staging else CPU
+        self._free = [_buffer(size, self._device) for _ in range(2)]
+        self._beside = _buffer(PAGE, self._device)
         self._used: dict[int, Tensor] = {}
         self._pool = ThreadPoolExecutor(1, "reader")
         self._coming: dict[int, Future] = {}
@@ -112,7 +112,7 @@ class Reader:
         """Begin to read a part, where a buffer is free for it."""
         if part in self.parts and part not in self._used and self._free:
             self._used[part] = self._free.pop()
-            self._coming[part] = self._pool.submit(self._read, part, self._used[part])
+            self._coming[part] = self._pool.submit(self._read, self._spans[part], self._used[part])
 
     def get(self, part: int) -> dict[str, Tensor]:
         """The tensors of a part, by name; valid until `release`."""
@@ -120,7 +120,21 @@ class Reader:
         self._coming[part].result()
         if self._staging:
             self._staging.arrive()
-        return {name: self._view(part, place) for name, place in self.parts[part].items()}
+        spans, buffer = self._spans[part], self._used[part]
+        return {name: _view(spans, buffer, place) for name, place in self.parts[part].items()}
+
+    def read_now(self, places: dict[tuple[str, int], Place]) -> dict[tuple[str, int], Tensor]:
+        """Tensors of no part, behind what is being read; valid until this is called again."""
+        spans = plan_spans(places.values())
+        if self._staging:
+            self._staging.depart()
+        if len(self._beside) < _size_of(spans):
+            self._beside = torch.empty(0, dtype=torch.uint8)  # gone before the larger one comes
+            self._beside = _buffer(_size_of(spans), self._device)
+        self._pool.submit(self._read, spans, self._beside).result()
+        if self._staging:
+            self._staging.arrive()
+        return {key: _view(spans, self._beside, place) for key, place in places.items()}
 
     def release(self, part: int) -> None:
         """Give the part's buffer back; nothing may use its tensors from here on."""
@@ -129,32 +143,36 @@ class Reader:
             self._staging.depart()
         self._free.append(self._used.pop(part))
 
-    def _view(self, part: int, place: Place) -> Tensor:
-        if not place.size:  # it may lie behind the last span
-            return torch.empty(place.shape, dtype=place.dtype, device=self._used[part].device)
-        span = next(
-            span
-            for span in self._spans[part]
-            if span.file == place.file and span.begin <= place.offset < span.end
-        )
-        return view(self._used[part], place, span.at + place.offset - span.begin)
-
-    def _read(self, part: int, buffer: Tensor) -> None:
+    def _read(self, spans: list[Span], buffer: Tensor) -> None:
         if self._staging:
-            self.bytes_read += self._staging.bring(self._pieces(part), buffer)
+            self.bytes_read += self._staging.bring(self._pieces(spans), buffer)
             return
         memory = memoryview(buffer.numpy())
-        for piece in self._pieces(part):
+        for piece in self._pieces(spans):
             self.bytes_read += piece.read(memory[piece.at : piece.at + piece.end - piece.begin])
 
-    def _pieces(self, part: int) -> Iterator[Piece]:
-        for span in self._spans[part]:
+    def _pieces(self, spans: list[Span]) -> Iterator[Piece]:
+        for span in spans:
             if span.file not in self._files:
                 self._files[span.file] = OpenFile(span.file)
             for begin in range(span.begin, span.end, PIECE_BYTES):
                 end = min(begin + PIECE_BYTES, span.end)
                 at, wanted = span.at + begin - span.begin, min(end, span.last) - begin
                 yield Piece(self._files[span.file], begin, end, wanted, at)
+
+
+def _size_of(spans: list[Span]) -> int:
+    return sum(span.end - span.begin for span in spans)
+
+
+def _view(spans: list[Span], buffer: Tensor, place: Place) -> Tensor:
+    """A tensor of a buffer that these spans were read into."""
+    if not place.size:  # it may lie behind the last span
+        return torch.empty(place.shape, dtype=place.dtype, device=buffer.device)
+    span = next(
+        span for span in spans if span.file == place.file and span.begin <= place.offset < span.end
+    )
+    return view(buffer, place, span.at + place.offset - span.begin)
 
 
 def view(memory: Tensor, place: Place, at: int) -> Tensor:

@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,19 +56,26 @@ class Unread:
         return self._tensor.to(dtype=dtype or self.dtype)
 
 
+class Target(NamedTuple):
+    """Where a checkpoint's tensor goes, and the pattern and conversion that take it there."""
+
+    name: str  # the parameter or buffer; the first of them where it is cut up
+    pattern: str | None
+    converter: WeightConverter | None
+
+
 @dataclass
 class Skeleton:
     """A model whose parameters hold nothing until `fill` is called for their part.
 
-    parts: block index (or OUTSIDE) -> names of the checkpoint's tensors.  targets: what the model
-    calls them.  fused: those that it holds joined with others, or cut up.  device: where they go.
+    parts: block index (or OUTSIDE) -> names of the checkpoint's tensors.  targets: where each of
+    them goes.  device: where all are put.
     """
 
     model: PreTrainedModel
     blocks: list[nn.Module]
     parts: dict[int, list[str]]
-    targets: dict[str, str]
-    fused: set[str]
+    targets: dict[str, Target]
     device: torch.device
 
     def __post_init__(self) -> None:
@@ -105,6 +113,11 @@ class Skeleton:
                 for module, name in places:
                     module._parameters[name] = filled
 
+    @property
+    def fused(self) -> set[str]:
+        """The checkpoint's tensors that the model holds joined with others, or cut up."""
+        return {name for name, target in self.targets.items() if target.pattern}
+
     def used_by(self, parameter: nn.Parameter) -> list[nn.Module]:
         """The modules that share a parameter; to be asked before anything is filled."""
         return [module for module, _ in self._users[id(parameter)]]
@@ -114,7 +127,7 @@ class Skeleton:
         named = self.model.named_parameters(remove_duplicate=False)
         names = {name for name, other in named if other is parameter}
         plain = (name for name in self.parts.get(OUTSIDE, []) if name not in self.fused)
-        return next((name for name in plain if self.targets[name] in names), None)
+        return next((name for name in plain if self.targets[name].name in names), None)
 
     def set_absent(self, parameter: nn.Parameter) -> None:
         """Put NaN in a parameter's place, in no memory: should it be used, that is noticed."""
@@ -160,8 +173,8 @@ def build_skeleton(
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 module._buffers[name] = buffer.to(device)
-    targets, fused = _targets(model, checkpoint.tensors)
-    return Skeleton(model, find_units(model), _parts(model, targets), targets, fused, device)
+    targets = _targets(model, checkpoint.tensors)
+    return Skeleton(model, find_units(model), _parts(model, targets), targets, device)
 
 
 def _refuse_gaps(model: PreTrainedModel, info: dict, checkpoint: Checkpoint) -> None:
@@ -182,14 +195,14 @@ def _conversions(model: PreTrainedModel) -> list:
     return get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
 
 
-def _targets(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """The model's name of each of the checkpoint's tensors that it has a use for, and which of them
-    it holds joined with others, or cut up."""
+def _targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Target]:
+    """Where each of the checkpoint's tensors goes that the model has a use for."""
     conversions = _conversions(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     known = model.state_dict()
-    targets, fused = {}, set()
+    targets = {}
     for name in names:
         target, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, known
@@ -197,17 +210,16 @@ def _targets(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, st
         if target not in known and name in known:
             target, pattern = name, None
         if target in known:
-            targets[name] = target
-            fused |= {name} if pattern else set()
-    return targets, fused
+            targets[name] = Target(target, pattern, by_pattern.get(pattern))
+    return targets
 
 
-def _parts(model: PreTrainedModel, targets: dict[str, str]) -> dict[int, list[str]]:
+def _parts(model: PreTrainedModel, targets: dict[str, Target]) -> dict[int, list[str]]:
     """Sort the checkpoint's tensors by block; one that several blocks share is OUTSIDE."""
     owners = _owners(model)
     parts: dict[int, list[str]] = defaultdict(list)
     for name, target in targets.items():
-        parts[owners.get(target, OUTSIDE)].append(name)
+        parts[owners.get(target.name, OUTSIDE)].append(name)
     return dict(parts)
 
 

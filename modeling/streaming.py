@@ -16,7 +16,6 @@ visits its blocks more than once, or in another order, is followed there: that o
 Letters: B rows, T tokens a row, D hidden width, V vocabulary.
 """
 
-import contextlib
 from collections.abc import (
     Callable,
     Iterator,
@@ -26,38 +25,25 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modeling.stubs import stand_ins
+
+if TYPE_CHECKING:
+    from modeling.weights import Weights
+
 SHARED = (MutableMapping, MutableSequence)  # what blocks could leave for each other
-HEAD, BEHIND = -2, -3  # where a forward stands: before the output head, right behind a block
+# where a forward stands: before the output head, right behind a block, in it before its experts
+HEAD, BEHIND, EXPERTS = -2, -3, -4
 
 
 class NotFinite(ValueError):
     """NaN or infinity came out of a block; the message says whose fault it is."""
-
-
-class Weights(Protocol):
-    """Brings a model's weights, a part at a time."""
-
-    def enter(self, part: int) -> None:
-        """Put a block's weights in their places."""
-
-    def leave(self, part: int) -> None:
-        """Take them out again."""
-
-    def head(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Give the output head by pieces of vocabulary: first token, weight (V', D), bias (V',)."""
-
-    def whole_head(self) -> Tensor:
-        """Give the output head's weight (V, D) at once."""
-
-    def close(self) -> None:
-        """Give up what is held open."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +58,8 @@ class Arrival:
 class Forward(greenlet):
     """One batch's forward, which stops before and behind each block that it comes to.
 
-    at: the block it stands before, BEHIND one, at the HEAD, or None at its end.  hidden: what the
-    last block gave.
+    at: the block it stands before, BEHIND one, in one before its EXPERTS, at the HEAD, or None at
+    its end.  hidden: what the last block gave.  chosen: the experts it waits for.
     normed: what the head gets, when it stands there.  output: the model's, at its end.
     """
 
@@ -87,6 +73,7 @@ class Forward(greenlet):
         self.done_call = 0  # the one that `done` was
         self._replaced: tuple[int, Tensor] | None = None
         self.hidden: Tensor | None = None
+        self.chosen: Tensor | None = None  # (tokens, k)
         self.normed: Tensor | None = None
         self.output: Any = None
         self.plain = True  # each block gets the very tensor that the one before gave
@@ -153,6 +140,19 @@ class Forward(greenlet):
         beside = len(output) - 1
         return (hidden, *(self._beside if len(self._beside) == beside else [None] * beside))
 
+    def through_experts(
+        self, module: nn.Module, original: Callable, hidden: Tensor, chosen: Tensor, *rest: Tensor
+    ) -> Tensor:
+        """Stand in for the forward of a block's experts: wait until those chosen are there."""
+        self.chosen = chosen
+        chosen = self.parent.switch(EXPERTS)
+        count = module.num_experts
+        module.num_experts = next(module.parameters()).shape[0]
+        try:
+            return original(hidden, chosen, *rest)
+        finally:
+            module.num_experts = count
+
     def at_head(self, normed: Tensor) -> Tensor:
         """Stand in for the output head: keep what it was given, and wait."""
         self.normed = normed
@@ -163,7 +163,7 @@ class Passage:
     """A data set on its way through a model."""
 
     def __init__(
-        self, model: PreTrainedModel, blocks: Sequence[nn.Module], weights: Weights,
+        self, model: PreTrainedModel, blocks: Sequence[nn.Module], weights: "Weights",
         batches: Sequence[Mapping[str, Any]],
     ) -> None:  # fmt: skip
         """batches: keyword arguments of the model's forward, one mapping a batch."""
@@ -178,7 +178,8 @@ class Passage:
 
         Afterwards each forward has `normed`, or `output` where there is no linear head.
         """
-        with _stubs(self.blocks, linear_head(self.model)):
+        experts = self.weights.routed.values()
+        with stand_ins(self.blocks, linear_head(self.model), experts):
             for number, forward in enumerate(self.forwards):
                 forward.advance()
                 if forward.at == 0:
@@ -188,14 +189,26 @@ class Passage:
                 block = min(waiting)
                 self.weights.enter(block)
                 try:
-                    for number, forward in enumerate(self.forwards):
-                        if forward.at == block:
-                            forward.advance()
-                            self._refuse_nan(block, forward.hidden)
-                            yield Arrival(block, number, forward.hidden)
-                            forward.advance()
+                    yield from self._advance(block, block)
+                    while chosen := [f.chosen for f in self.forwards if f.at == EXPERTS]:
+                        ids = self.weights.bring_experts(block, chosen)
+                        yield from self._advance(block, EXPERTS, ids)
                 finally:
                     self.weights.leave(block)
+
+    def _advance(self, block: int, at: int, given: Sequence[Tensor] = ()) -> Iterator[Arrival]:
+        """Run each batch that stands at a place on, to the next block or to the block's experts.
+
+        given: what each of them waits for.
+        """
+        waiting = iter(given)
+        for number, forward in enumerate(self.forwards):  # branches may be added meanwhile
+            if forward.at == at:
+                forward.advance(*([next(waiting)] if given else []))
+                if forward.at == BEHIND:
+                    self._refuse_nan(block, forward.hidden)
+                    yield Arrival(block, number, forward.hidden)
+                    forward.advance()
 
     def _refuse_nan(self, block: int, hidden: Tensor) -> None:
         """Raise NotFinite, naming the tensors that are to blame."""
@@ -203,7 +216,7 @@ class Passage:
             return
         source = self.blocks[block] if block >= 0 else self.model.get_input_embeddings()
         named = source.named_parameters()
-        bad = [name for name, tensor in named if not torch.isfinite(tensor).all()]
+        bad = [name for name, t in named if not t.is_meta and not torch.isfinite(t).all()]
         blame = f"its {', '.join(bad)} hold NaN or infinity: the checkpoint is damaged"
         raise NotFinite(
             f"what {f'block {block}' if block >= 0 else 'the embedding'} of "
@@ -221,7 +234,7 @@ class Passage:
         blocks, width = len(self.blocks), self.forwards[0].width
 
         def finish(logits: Tensor) -> Tensor:
-            with _stubs(self.blocks, linear_head(self.model)):
+            with stand_ins(self.blocks, linear_head(self.model)):
                 forward = Forward(self.model, inputs)
                 forward.restore(blocks - 1, None, width)
                 forward.advance()
@@ -276,22 +289,3 @@ def linear_head(model: PreTrainedModel) -> nn.Linear | None:
     """The output head where it is a plain linear layer, else None."""
     head = model.get_output_embeddings()
     return head if type(head) is nn.Linear else None
-
-
-@contextlib.contextmanager
-def _stubs(blocks: Sequence[nn.Module], head: nn.Module | None) -> Iterator[None]:
-    """Put stubs in the place of the forwards of blocks and head, and take them away again."""
-
-    def stand_in(index: int, original: Callable) -> Callable:
-        return lambda *args, **kwargs: getcurrent().through_block(index, original, args, kwargs)
-
-    stubbed = [*blocks, head] if head is not None else list(blocks)
-    for index, block in enumerate(blocks):
-        block.forward = stand_in(index, block.forward)
-    if head is not None:
-        head.forward = lambda normed: getcurrent().at_head(normed)
-    try:
-        yield
-    finally:
-        for module in stubbed:
-            del module.forward

@@ -20,8 +20,8 @@ from modeling.checkpoint import read_checkpoint
 from modeling.loading import Location, open_model, weights_folder
 from modeling.memory import RESIDENT, STREAMED, Plan, choose_engine, free_bytes, need_of
 from modeling.skeleton import OUTSIDE, CannotStream, build_skeleton
-from modeling.streaming import Passage, Weights
-from modeling.weights import Resident, Streamed, left_on_disk
+from modeling.streaming import Passage
+from modeling.weights import Resident, Streamed, Weights, left_on_disk
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,10 @@ def open_teacher(
     if plan.engine == RESIDENT:
         model = open_model(folder, device)
         return Teacher(model, find_units(model), Resident(model), plan, device)
-    weights = Streamed(skeleton, checkpoint)
+    weights = Streamed(skeleton, checkpoint, min(tokens, plan.tokens_at_once))
+    if weights.routed:
+        sentence = f"{plan.sentence}; experts of {len(weights.routed)} blocks as they are routed to"
+        plan = replace(plan, sentence=sentence)
     return Teacher(skeleton.model, skeleton.blocks, weights, plan, device)
 
 

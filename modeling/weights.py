@@ -1,12 +1,15 @@
 """Where a model's weights are while it runs: all in memory, or on disk and brought by blocks."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling.checkpoint import Checkpoint, Place
+from modeling.experts import find_routed
 from modeling.reading import Reader, map_file, view
 from modeling.skeleton import OUTSIDE, Skeleton
 from modeling.staging import Staging
@@ -15,14 +18,51 @@ from modeling.streaming import linear_head
 PIECE_BYTES = 64 << 20  # of the output head that are used at a time
 
 
+class Weights(Protocol):
+    """Brings a model's weights, a part at a time.
+
+    routed: block -> its experts' module, where `enter` leaves the experts out.
+    """
+
+    routed: Mapping[int, nn.Module]
+
+    def enter(self, part: int) -> None:
+        """Put a block's weights in their places."""
+
+    def bring_experts(self, block: int, chosen: Sequence[Tensor]) -> list[Tensor]:
+        """Put the chosen experts (ids, a tensor a batch) of a routed block in their places.
+
+        Gives the same choices by the numbers that the experts have now.
+        """
+
+    def leave(self, part: int) -> None:
+        """Take them out again."""
+
+    def head(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Give the output head by pieces of vocabulary: first token, weight (V', D), bias (V',)."""
+
+    def whole_head(self) -> Tensor:
+        """Give the output head's weight (V, D) at once."""
+
+    def close(self) -> None:
+        """Give up what is held open."""
+
+
 class Resident:
     """All weights are in memory already."""
+
+    routed: Mapping[int, nn.Module] = {}  # noqa: RUF012 (nothing writes to it)
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
 
     def enter(self, block: int) -> None:
         """Nothing to bring."""
+
+    def bring_experts(self, block: int, chosen: Sequence[Tensor]) -> list[Tensor]:
+        """They are there."""
+        del block
+        return list(chosen)
 
     def leave(self, block: int) -> None:
         """Nothing to take away."""
@@ -44,18 +84,25 @@ class Streamed:
     """Weights come from disk, the next part while the present one computes.
 
     The head is read like a block, in pieces of vocabulary; an embedding is mapped, not read, and
-    costs the rows that are looked up. What else is no block (norms) is in memory.
+    costs the rows that are looked up. What else is no block (norms) is in memory. Where so few
+    tokens go through together that many experts are not routed to, those are not read (experts.py).
     """
 
-    def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, skeleton: Skeleton, checkpoint: Checkpoint, tokens: float = math.inf
+    ) -> None:
+        """tokens: of one passage; all experts are read when it is not told."""
         self.skeleton = skeleton
         self._dtype = skeleton.model.dtype
         places, named = checkpoint.tensors, skeleton.parts
         outside = map_tensors({name: places[name] for name in named.get(OUTSIDE, [])})
         looked_up, head = left_on_disk(skeleton)
         self._head = outside.get(head)
+        self._experts = find_routed(skeleton, places, tokens)
+        self.routed = {block: experts.module for block, experts in self._experts.items()}
+        beside = {name for experts in self._experts.values() for name in experts.names}
         parts = {
-            index: {name: places[name] for name in names}
+            index: {name: places[name] for name in names if name not in beside}
             for index, names in named.items()
             if index != OUTSIDE
         }
@@ -88,6 +135,13 @@ class Streamed:
         if block in self.reader.parts:
             self.skeleton.fill(self.reader.get(block))
         self.reader.ahead(block + 1)
+
+    def bring_experts(self, block: int, chosen: Sequence[Tensor]) -> list[Tensor]:
+        """Read the chosen experts and put them, and no others, in place."""
+        ids, numbers = self._experts[block].number(chosen)
+        self._experts[block].make_room(len(ids))
+        self.skeleton.fill(self._experts[block].tensors(ids, self.reader))
+        return numbers
 
     def leave(self, block: int) -> None:
         """Empty the block; its buffer is free for the one after the next."""

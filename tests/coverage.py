@@ -6,10 +6,12 @@
 For each: built tiny with random weights, saved, opened by from_pretrained in float32 and run; then
 streamed from disk block by block. Exact means that every block's output and the logits equal those
 of the normal forward to the bit, for two batches of different shapes. Resumed: so they do when the
-passage is interrupted in the middle and goes on from stored states.
+passage is interrupted in the middle and goes on from stored states. Experts: whether a mixture's
+experts are read only when they are routed to (modeling/experts.py), with the same bits.
 """
 
 import argparse
+import math
 import sys
 import tempfile
 import traceback
@@ -39,8 +41,9 @@ Written by `python -m tests.coverage --write`; do not edit. transformers {versio
 {all} causal-LM classes: {built} could be built tiny, {exact} of them stream **equal to the bit** to
 their normal forward (every block's output and the logits, float32 on a CPU, two batches of
 different shapes); {resumed} go on from stored states when they are interrupted, the others from
-their start. Encoders of text, images, video and speech, and encoder-decoders, pass through the
-same engine (tests/modeling/test_encoders.py).
+their start. Of {mixtures} mixtures of experts, {routed} can be read by those experts alone that few
+tokens are routed to, with the same bits; the others are read whole. Encoders of text, images, video
+and speech, and encoder-decoders, pass through the same engine (tests/modeling/test_encoders.py).
 """
 GGUF_HEADING = """
 ## GGUF
@@ -65,6 +68,7 @@ class Finding:
     exact: bool
     resumed: str  # "exact", "from the start" or "" where nothing is exact
     remark: str
+    experts: str = ""  # of a mixture: "routed" or "whole"
 
 
 def survey(model_type: str) -> Finding:
@@ -89,17 +93,26 @@ def _compare(model_type: str, kind: type, folder: Path, inputs: list[Mapping[str
     reference = kind.from_pretrained(folder, dtype=torch.float32).eval()
     blocks, logits = whole_forward(reference, inputs)
     middle = len(find_units(reference)) // 2
-    found, streamed_logits, snapshot = streamed(kind, folder, reference.config, inputs, middle)
-    if set(found) != set(blocks) or any(not torch.equal(found[k], blocks[k]) for k in blocks):
-        return Finding(model_type, kind.__name__, False, "", "a block's output differs")
-    if any(not torch.equal(a, b) for a, b in zip(streamed_logits, logits, strict=True)):
-        return Finding(model_type, kind.__name__, False, "", "logits differ")
+    mixture = any(type(getattr(m, "num_experts", None)) is int for m in reference.modules())
+    experts = "whole" if mixture else ""
+    snapshot: dict[str, Tensor] = {}
+    for tokens in (1, math.inf) if mixture else (math.inf,):
+        found, streamed_logits, snapshot, routed = streamed(
+            kind, folder, reference.config, inputs, middle, tokens=tokens
+        )
+        how = " when routed" if routed else ""
+        if set(found) != set(blocks) or any(not torch.equal(found[k], blocks[k]) for k in blocks):
+            remark = "a block's output differs" + how
+            return Finding(model_type, kind.__name__, False, "", remark, experts)
+        if any(not torch.equal(a, b) for a, b in zip(streamed_logits, logits, strict=True)):
+            return Finding(model_type, kind.__name__, False, "", "logits differ" + how, experts)
+        experts = "routed" if routed else experts
     if not snapshot:
-        return Finding(model_type, kind.__name__, True, "from the start", "")
-    _, resumed, _ = streamed(kind, folder, reference.config, inputs, None, snapshot)
+        return Finding(model_type, kind.__name__, True, "from the start", "", experts)
+    _, resumed, *_ = streamed(kind, folder, reference.config, inputs, None, snapshot)
     same = all(torch.equal(a, b) for a, b in zip(resumed, logits, strict=True))
     remark = "" if same else "wrong when resumed"
-    return Finding(model_type, kind.__name__, same, "exact" if same else "", remark)
+    return Finding(model_type, kind.__name__, same, "exact" if same else "", remark, experts)
 
 
 @torch.no_grad()
@@ -125,12 +138,13 @@ def whole_forward(
 @torch.no_grad()
 def streamed(
     kind: type, folder: Path, config: Any, inputs: list[Mapping[str, Any]], stop: int | None,
-    start: dict[str, Tensor] | None = None,
-) -> tuple[Outputs, list[Tensor], dict[str, Tensor]]:  # fmt: skip
-    """The same by streaming; and a snapshot of the first batch being one block ahead at `stop`."""
+    start: dict[str, Tensor] | None = None, tokens: float = math.inf,
+) -> tuple[Outputs, list[Tensor], dict[str, Tensor], int]:  # fmt: skip
+    """The same by streaming; a snapshot of the first batch being one block ahead at `stop`; and how
+    many blocks' experts are read as that many tokens are routed to them."""
     checkpoint = read_checkpoint(folder)
     skeleton = build_skeleton(kind, config, checkpoint, torch.float32)
-    weights = Streamed(skeleton, checkpoint)
+    weights = Streamed(skeleton, checkpoint, tokens)
     passage = Passage(skeleton.model, skeleton.blocks, weights, inputs)
     if start:
         passage.restore(start)
@@ -142,12 +156,12 @@ def streamed(
         if arrival.block == stop and arrival.batch == 0:
             snapshot = {name: tensor.clone() for name, tensor in passage.snapshot().items()}
     if linear_head(passage.model) is None:
-        return outputs, [forward.output.logits for forward in passage.forwards], snapshot
+        return outputs, [f.output.logits for f in passage.forwards], snapshot, len(weights.routed)
     (_, head, bias) = next(weights.head())
     logits = []
     for forward in passage.forwards:
         logits.append(forward.finish(linear(forward.normed, head, bias)).logits)
-    return outputs, logits, snapshot
+    return outputs, logits, snapshot, len(weights.routed)
 
 
 def main() -> None:
@@ -183,12 +197,14 @@ def as_document(findings: list[Finding]) -> str:
             built=len(built),
             exact=len(exact),
             resumed=sum(f.resumed == "exact" for f in findings),
+            mixtures=sum(bool(f.experts) for f in findings),
+            routed=sum(f.experts == "routed" for f in findings),
         ),
-        "| model type | class | streamed | interrupted, goes on | |",
-        "|---|---|---|---|---|",
+        "| model type | class | streamed | interrupted, goes on | experts | |",
+        "|---|---|---|---|---|---|",
         *(
             f"| {f.model_type} | {f.class_name} | {'exact' if f.exact else 'no'} | {f.resumed} | "
-            f"{f.remark} |"
+            f"{f.experts} | {f.remark} |"
             for f in findings
         ),
         GGUF_HEADING.format(all=len(known), named=named, opened=opened),

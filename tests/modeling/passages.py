@@ -1,6 +1,7 @@
 """Tiny saved models, and batches on their way through them while they stay on disk."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,21 @@ def batches_of(model: PreTrainedModel, shapes: Shapes) -> Batches:
     return [tiny_inputs(model, *shape, seed=n) for n, shape in enumerate(shapes)]
 
 
-def saved(family: str, folder: Path) -> PreTrainedModel:
+def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A tiny model, saved and opened again as transformers does it."""
-    kind = tiny_model(family)
+    kind = tiny_model(family).to(dtype)
     kind.save_pretrained(folder)
-    return type(kind).from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    return type(kind).from_pretrained(folder, local_files_only=True, dtype=dtype).eval()
 
 
 @contextlib.contextmanager
-def streaming(model: PreTrainedModel, folder: Path, batches: Batches) -> Iterator[Passage]:
+def streaming(
+    model: PreTrainedModel, folder: Path, batches: Batches, tokens: float = math.inf
+) -> Iterator[Passage]:
     """Batches on their way through a saved model that stays on disk."""
     checkpoint = read_checkpoint(folder)
-    skeleton = build_skeleton(type(model), model.config, checkpoint, torch.float32)
-    with contextlib.closing(Streamed(skeleton, checkpoint)) as weights:
+    skeleton = build_skeleton(type(model), model.config, checkpoint, model.dtype)
+    with contextlib.closing(Streamed(skeleton, checkpoint, tokens)) as weights:
         yield Passage(skeleton.model, skeleton.blocks, weights, batches)
 
 
