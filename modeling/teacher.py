@@ -18,9 +18,10 @@ from modeling.blocks import find_units
 from modeling.checkpoint import read_checkpoint
 from modeling.loading import Location, open_model, weights_folder
 from modeling.memory import RESIDENT, STREAMED, Plan, choose_engine, free_bytes, need_of
+from modeling.packed import open_packed
 from modeling.skeleton import OUTSIDE, CannotStream, build_skeleton
 from modeling.streaming import Passage, Weights
-from modeling.weights import Resident, Streamed
+from modeling.weights import Resident, Streamed, fill_whole
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,16 @@ def open_teacher(location: Location | Path, engine: str, batch_tokens: int, toke
     if kind is None:
         raise ValueError(f"{folder} holds a {config.model_type}, which is no causal language model")
     kind = kind[0] if isinstance(kind, tuple) else kind
-    checkpoint = read_checkpoint(folder)
+    stored = read_checkpoint(folder)
+    checkpoint, config = open_packed(stored, config, torch.bfloat16)
+    packed = checkpoint is not stored
     fused: Collection[str] = ()
     try:
         skeleton = build_skeleton(kind, config, checkpoint, torch.bfloat16)
         blocks = [names for part, names in skeleton.parts.items() if part != OUTSIDE]
         fused = skeleton.fused
     except CannotStream:
-        if engine == STREAMED:
+        if engine == STREAMED or packed:
             raise
         blocks = [list(checkpoint.tensors)]  # as if it were one block: it is never streamed
     text = config.get_text_config()
@@ -71,6 +74,9 @@ def open_teacher(location: Location | Path, engine: str, batch_tokens: int, toke
         text.vocab_size,
     )  # fmt: skip
     plan = choose_engine(need, engine, free_bytes())
+    if plan.engine == RESIDENT and packed:
+        fill_whole(skeleton, checkpoint)
+        return Teacher(skeleton.model, skeleton.blocks, Resident(skeleton.model), plan)
     if plan.engine == RESIDENT:
         model = open_model(folder)
         return Teacher(model, find_units(model), Resident(model), plan)

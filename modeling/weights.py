@@ -6,7 +6,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling.checkpoint import Checkpoint, Place
+from modeling.checkpoint import Checkpoint, Packed, Place
+from modeling.packed import stored_places, unpack
 from modeling.reading import Reader, map_file, view
 from modeling.skeleton import OUTSIDE, Skeleton
 from modeling.streaming import linear_head
@@ -43,20 +44,17 @@ class Streamed:
 
     def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
         self.skeleton = skeleton
-        places = checkpoint.tensors
-        outside = skeleton.parts.get(OUTSIDE, [])
-        mapped = map_tensors({name: places[name] for name in outside})
+        self._tensors = tensors_by_part(skeleton, checkpoint)
+        outside = self._tensors.pop(OUTSIDE, {})
+        mapped = unpack(outside, map_tensors(stored_places(outside)))
         skeleton.fill(mapped)
-        parts = {
-            index: {name: places[name] for name in names}
-            for index, names in skeleton.parts.items()
-            if index != OUTSIDE
-        }
+        parts = {index: stored_places(tensors) for index, tensors in self._tensors.items()}
         self._blocks = len(skeleton.blocks)
         head = linear_head(skeleton.model)
         stored = (n for n in outside if head is not None and same_memory(mapped[n], head.weight))
         name = next(stored, None)  # none where the head is computed in another type than stored
-        self._pieces = pieces_on_disk(places[name]) if name else []
+        place = outside.get(name)
+        self._pieces = pieces_on_disk(place) if isinstance(place, Place) else []
         for number, piece in enumerate(self._pieces, start=self._blocks):
             parts[number] = {"head": piece}
         self.reader = Reader(parts)
@@ -65,7 +63,7 @@ class Streamed:
     def enter(self, block: int) -> None:
         """Wait for a block, put it in place, and begin to read the next."""
         if block in self.reader.parts:
-            self.skeleton.fill(self.reader.get(block))
+            self.skeleton.fill(unpack(self._tensors[block], self.reader.get(block)))
         self.reader.ahead(block + 1)
 
     def leave(self, block: int) -> None:
@@ -94,6 +92,24 @@ class Streamed:
     def close(self) -> None:
         """Stop reading."""
         self.reader.close()
+
+
+def fill_whole(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
+    """Put all of a checkpoint into memory, unpacked as it is when it is streamed."""
+    for tensors in tensors_by_part(skeleton, checkpoint).values():
+        filled = unpack(tensors, map_tensors(stored_places(tensors)))
+        plain = [name for name, place in tensors.items() if isinstance(place, Place)]
+        skeleton.fill(filled | {name: filled[name].clone() for name in plain})
+
+
+def tensors_by_part(
+    skeleton: Skeleton, checkpoint: Checkpoint
+) -> dict[int, dict[str, Place | Packed]]:
+    """What the model uses of a checkpoint, by block and OUTSIDE."""
+    return {
+        part: {name: checkpoint.tensors[name] for name in names}
+        for part, names in skeleton.parts.items()
+    }
 
 
 def map_tensors(places: dict[str, Place]) -> dict[str, Tensor]:
