@@ -64,8 +64,10 @@ def open_teacher(location: Location | Path, engine: str, batch_tokens: int, toke
         skeleton = build_skeleton(kind, config, checkpoint, torch.bfloat16)
         blocks = [names for part, names in skeleton.parts.items() if part != OUTSIDE]
         fused = skeleton.fused
-    except CannotStream:
-        if engine == STREAMED or packed:
+    except CannotStream as error:
+        if packed:
+            raise CannotStream(f"{error}, and not be quantised, as {folder} is") from error
+        if engine == STREAMED:
             raise
         blocks = [list(checkpoint.tensors)]  # as if it were one block: it is never streamed
     text = config.get_text_config()

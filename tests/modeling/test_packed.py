@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from modeling.checkpoint import BadCheckpoint, Packed, read_checkpoint
 from modeling.describe import describe
 from modeling.memory import need_of
 from modeling.packed import open_packed, stored_places
+from modeling.skeleton import CannotStream
 from modeling.teacher import open_teacher, read_config
 from tests.coverage import Outputs, whole_forward
 from tests.modeling.passages import batches_of, finish
@@ -235,6 +237,15 @@ def test_another_format_of_compressed_tensors_is_refused(other: dict, tmp_path: 
     settle(folder, COMPRESSED | other)
     with pytest.raises(ValueError, match="of compressed-tensors is read when .* as it was before"):
         open_teacher(folder, "auto", 8, 8)
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_a_model_that_cannot_be_streamed_is_refused_when_it_is_quantised(
+    engine: str, tmp_path: Path
+) -> None:
+    folder, _ = write(replace(FORMS["fp8"], family="qwen4_exp_text"), tmp_path)
+    with pytest.raises(CannotStream, match=f"and not be quantised, as {folder} is"):
+        open_teacher(folder, engine, 8, 8)
 
 
 @pytest.mark.parametrize("form", ["fp8", "int8", "nf4", "mxfp4"])
