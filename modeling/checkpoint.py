@@ -8,10 +8,12 @@ Nothing else is opened as weights: a pickle can run any code, so it is refused.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # what the safetensors library allows
 DTYPES = {
@@ -39,16 +41,37 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A tensor that is stored quantised, as several others (packed.py finds them)."""
+
+    form: str  # what a person calls it: nf4, mxfp4
+    stored: dict[str, Place]  # by the names that the checkpoint gives them
+    unpack: Callable[..., Tensor]  # given what is stored, in that order
+    dtype: torch.dtype  # of what it is unpacked to
+    shape: tuple[int, ...]
+    beside: tuple[str, ...] = ()  # names of what says how it is stored, and was read to know that
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(place.size for place in self.stored.values())
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A folder of safetensors files."""
 
     folder: Path
-    tensors: dict[str, Place]  # by the name that the checkpoint gives it
+    tensors: dict[str, Place | Packed]  # by the name that the checkpoint gives it
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(place.size for place in self.tensors.values())
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a tensor is stored quantised."""
+        return isinstance(self.tensors[name], Packed)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -20,8 +20,9 @@ import torch
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from modeling.checkpoint import read_checkpoint
+from modeling.checkpoint import Packed, read_checkpoint
 from modeling.loading import find_anywhere, weights_folder
+from modeling.packed import open_packed, stored_places
 from modeling.skeleton import OUTSIDE, build_skeleton
 from modeling.teacher import read_config
 
@@ -40,7 +41,8 @@ class Description:
     vocabulary: int | None
     context_tokens: int | None
     parameters: int
-    types: str  # of the tensors, by share of bytes
+    types: str  # of the tensors on disk, by share of bytes
+    quantised: str | None  # in which forms; they are unpacked when they are used
     blocks: int
     block_class: str
     bytes_total: int
@@ -56,15 +58,16 @@ def describe(folder: Path) -> Description:
     """
     config = read_config(folder)
     kind = model_class(config)
-    checkpoint = read_checkpoint(folder)
+    checkpoint, config = open_packed(read_checkpoint(folder), config, torch.bfloat16)
     skeleton = build_skeleton(kind, config, checkpoint, torch.bfloat16)
     sizes = {
         part: sum(checkpoint.tensors[name].size for name in names)
         for part, names in skeleton.parts.items()
     }
     types: Counter[str] = Counter()
-    for place in checkpoint.tensors.values():
+    for place in stored_places(checkpoint.tensors).values():
         types[str(place.dtype).removeprefix("torch.")] += place.size
+    forms = {place.form for place in checkpoint.tensors.values() if isinstance(place, Packed)}
     text = config.get_text_config()
     return Description(
         model_type=config.model_type,
@@ -76,6 +79,7 @@ def describe(folder: Path) -> Description:
         context_tokens=getattr(text, "max_position_embeddings", None),
         parameters=sum(parameter.numel() for parameter in skeleton.model.parameters()),
         types=", ".join(f"{name} {size / types.total():.0%}" for name, size in types.most_common()),
+        quantised=", ".join(sorted(forms)) or None,
         blocks=len(skeleton.blocks),
         block_class=" and ".join(dict.fromkeys(type(b).__name__ for b in skeleton.blocks)),
         bytes_total=checkpoint.size,

@@ -10,9 +10,9 @@ of their ids, so its own code does the same sums in the same order: equal to the
 Found by structure, as transformers builds nearly all mixtures (integrations/moe.py): one module of
 a block that is called with (hidden states, chosen ids, weights), each of whose parameters has
 `num_experts` rows; in the checkpoint one tensor of as many rows, or one tensor an expert, that no
-conversion mixes. Not covered, so read whole: quantised models, experts that all compute (llama4),
-experts without weights among the others (longcat_flash), parameters flattened over experts (dbrx),
-and models that do not say how many of them a token chooses.
+conversion mixes. Not covered, so read whole: experts that are quantised together or all compute
+(llama4), experts without weights among the others (longcat_flash), parameters flattened over
+experts (dbrx), and models that do not say how many of them a token chooses.
 """
 
 import inspect
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
 
-from modeling.checkpoint import Place
+from modeling.checkpoint import Packed, Place
+from modeling.packed import stored_places, unpack
 from modeling.reading import Reader
 from modeling.skeleton import Skeleton, Target
 
@@ -43,7 +44,7 @@ class Experts:
     """
 
     module: nn.Module
-    stored: list[dict[str, Place]]
+    stored: list[dict[str, Place | Packed]]
     joint: set[str]
 
     @property
@@ -77,12 +78,15 @@ class Experts:
 
     def tensors(self, ids: Sequence[int], reader: Reader) -> dict[str, Tensor]:
         """Read some experts: the checkpoint's tensors of them alone, joint ones of fewer rows."""
+        wanted = {id_: stored_places(self.stored[id_]) for id_ in ids}
         read = reader.read_now(
-            {(name, id_): place for id_ in ids for name, place in self.stored[id_].items()}
+            {(name, id_): place for id_ in ids for name, place in wanted[id_].items()}
         )
         rows: dict[str, list[Tensor]] = defaultdict(list)
-        for (name, _), tensor in read.items():
-            rows[name].append(tensor)
+        for id_ in ids:
+            stored = {name: read[name, id_] for name in wanted[id_]}
+            for name, tensor in unpack(self.stored[id_], stored).items():
+                rows[name].append(tensor)
         return {
             name: _join(found, self.stored[0][name]) if name in self.joint else found[0]
             for name, found in rows.items()
@@ -100,12 +104,10 @@ def _join(rows: list[Tensor], first: Place) -> Tensor:
 
 
 def find_routed(
-    skeleton: Skeleton, places: Mapping[str, Place], tokens: float
+    skeleton: Skeleton, places: Mapping[str, Place | Packed], tokens: float
 ) -> dict[int, Experts]:
     """Block -> its experts, for blocks of which so many tokens use few enough of them."""
     routed = {}
-    if getattr(skeleton.model, "hf_quantizer", None) is not None:
-        return routed
     prefixes = {id(module): name for name, module in skeleton.model.named_modules()}
     for index, block in enumerate(skeleton.blocks):
         found = [module for module in block.modules() if holds_experts(module)]
@@ -152,13 +154,13 @@ def _chosen_per_token(block: nn.Module, config: PreTrainedConfig, count: int) ->
 
 
 def _stored(
-    sources: Mapping[str, Target], places: Mapping[str, Place], count: int
-) -> list[dict[str, Place]]:
+    sources: Mapping[str, Target], places: Mapping[str, Place | Packed], count: int
+) -> list[dict[str, Place | Packed]]:
     """Where each expert's part of each tensor lies; empty where experts are not kept apart."""
     groups: dict[tuple[str, str | None], list[str]] = defaultdict(list)
     for name in sorted(sources, key=dot_natural_key):  # the order in which they are joined
         groups[sources[name].name, sources[name].pattern].append(name)
-    stored: list[dict[str, Place]] = [{} for _ in range(count)]
+    stored: list[dict[str, Place | Packed]] = [{} for _ in range(count)]
     for group in groups.values():
         converter = sources[group[0]].converter
         if not _keeps_apart(converter):
@@ -174,9 +176,9 @@ def _stored(
     return stored
 
 
-def _rows(place: Place) -> list[Place]:
-    """A tensor's rows, each of a leading dimension of 1."""
-    if not place.shape:
+def _rows(place: Place | Packed) -> list[Place]:
+    """A tensor's rows, each of a leading dimension of 1; none of one that is packed as a whole."""
+    if isinstance(place, Packed) or not place.shape:
         return []
     size, shape = place.size // max(1, place.shape[0]), (1, *place.shape[1:])
     return [

@@ -1,9 +1,11 @@
 """Will it fit? Real bytes, from the checkpoint's headers and the system, before anything is loaded.
 
 The seeds' estimate (12 L D^2 parameters at 4 bits) counts neither the vocabulary nor experts; here
-the sizes are those of the tensors on disk in the type that they will have in memory.
+the sizes are those of the tensors on disk in the type that they will have in memory, unpacked where
+they are stored quantised.
 """
 
+import math
 import resource
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import psutil
 if TYPE_CHECKING:
     import torch
 
-    from modeling.checkpoint import Checkpoint, Place
+    from modeling.checkpoint import Checkpoint, Packed, Place
 
 GIB = 1 << 30
 RESERVE_BYTES = 200 << 20  # for what else a stage has, once its imports are done
@@ -82,31 +84,37 @@ def need_of(
     def converted(names: Collection[str]) -> int:
         return sum(_bytes_of_copies(checkpoint, name, name in fused, dtype) for name in names)
 
+    def joined(names: Collection[str]) -> int:
+        """While a block whose packed experts are fused is put into memory to stay."""
+        packed = (name for name in names if name in fused and checkpoint.is_packed(name))
+        return sum(2 * _bytes_in_memory(checkpoint, name, dtype) for name in packed)
+
     outside = set(checkpoint.tensors).difference(*blocks)
     two = 2 * max(map(read, blocks), default=0)
     copies = max(map(converted, blocks), default=0) + converted(outside.difference(left))
     work = batch_tokens * (width * 64 + min(vocabulary, 1 << 16) * 2)
     token = 3 * width * dtype.itemsize  # a hidden state, what the head gets, what else is kept
     weights = sum(_bytes_in_memory(checkpoint, name, dtype) for name in checkpoint.tensors)
+    weights += max(map(joined, blocks), default=0)
     return Need(weights, two + copies, work, token, batch_tokens, tokens)
 
 
 def _bytes_of_copies(checkpoint: "Checkpoint", name: str, fused: bool, dtype: "torch.dtype") -> int:
     """What a tensor takes beside its place in the buffer, when it is put into the model."""
     in_memory = _bytes_in_memory(checkpoint, name, dtype)
+    unpacked = in_memory if checkpoint.is_packed(name) else 0
     if fused:
-        return 2 * in_memory  # stacked, then joined
-    return in_memory if _is_cast(checkpoint.tensors[name], dtype) else 0
+        return unpacked + 2 * in_memory  # stacked, then joined
+    return unpacked or (in_memory if _is_cast(checkpoint.tensors[name], dtype) else 0)
 
 
 def _bytes_in_memory(checkpoint: "Checkpoint", name: str, dtype: "torch.dtype") -> int:
     place = checkpoint.tensors[name]
-    if _is_cast(place, dtype):
-        return place.size // place.dtype.itemsize * dtype.itemsize
-    return place.size
+    in_memory = dtype if _is_cast(place, dtype) else place.dtype
+    return math.prod(place.shape) * in_memory.itemsize
 
 
-def _is_cast(place: "Place", dtype: "torch.dtype") -> bool:
+def _is_cast(place: "Place | Packed", dtype: "torch.dtype") -> bool:
     """Whether a tensor is computed in another type than it is stored in."""
     is_float = place.dtype.is_floating_point and place.dtype.itemsize > 1
     return is_float and place.dtype != dtype

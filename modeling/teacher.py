@@ -19,9 +19,10 @@ from modeling.blocks import find_units
 from modeling.checkpoint import read_checkpoint
 from modeling.loading import Location, open_model, weights_folder
 from modeling.memory import RESIDENT, STREAMED, Plan, choose_engine, free_bytes, need_of
+from modeling.packed import open_packed
 from modeling.skeleton import OUTSIDE, CannotStream, build_skeleton
 from modeling.streaming import Passage
-from modeling.weights import Resident, Streamed, Weights, left_on_disk
+from modeling.weights import Resident, Streamed, Weights, fill_whole, left_on_disk
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,19 @@ def open_teacher(
     if kind is None:
         raise ValueError(f"{folder} holds a {config.model_type}, which is no causal language model")
     kind = kind[0] if isinstance(kind, tuple) else kind
-    checkpoint = read_checkpoint(folder)
+    stored = read_checkpoint(folder)
+    checkpoint, config = open_packed(stored, config, dtype)
+    packed = checkpoint is not stored
     fused: Collection[str] = ()
     left: Collection[str] = ()
     try:
         skeleton = build_skeleton(kind, config, checkpoint, dtype, device)
-        left = set(left_on_disk(skeleton))
+        left = set(left_on_disk(skeleton, checkpoint))
         blocks = [names for part, names in skeleton.parts.items() if part != OUTSIDE]
         fused = skeleton.fused
-    except CannotStream:
+    except CannotStream as error:
+        if packed:
+            raise CannotStream(f"{error}, and not be quantised, as {folder} is") from error
         if engine == STREAMED:
             raise
         blocks = [list(checkpoint.tensors)]  # as if it were one block: it is never streamed
@@ -85,6 +90,9 @@ def open_teacher(
     )  # fmt: skip
     need = replace(need, token=need.token + kept_bytes)
     plan = choose_engine(need, engine, free_bytes(device), f"{device} in {str(dtype)[6:]}")
+    if plan.engine == RESIDENT and packed:
+        fill_whole(skeleton, checkpoint)
+        return Teacher(skeleton.model, skeleton.blocks, Resident(skeleton.model), plan, device)
     if plan.engine == RESIDENT:
         model = open_model(folder, device)
         return Teacher(model, find_units(model), Resident(model), plan, device)

@@ -1,15 +1,16 @@
 """Where a model's weights are while it runs: all in memory, or on disk and brought by blocks."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling.checkpoint import Checkpoint, Place
+from modeling.checkpoint import Checkpoint, Packed, Place
 from modeling.experts import find_routed
+from modeling.packed import stored_places, unpack
 from modeling.reading import Reader, map_file, view
 from modeling.skeleton import OUTSIDE, Skeleton
 from modeling.staging import Staging
@@ -94,46 +95,43 @@ class Streamed:
         """tokens: of one passage; all experts are read when it is not told."""
         self.skeleton = skeleton
         self._dtype = skeleton.model.dtype
-        places, named = checkpoint.tensors, skeleton.parts
-        outside = map_tensors({name: places[name] for name in named.get(OUTSIDE, [])})
-        looked_up, head = left_on_disk(skeleton)
-        self._head = outside.get(head)
-        self._experts = find_routed(skeleton, places, tokens)
+        self._experts = find_routed(skeleton, checkpoint.tensors, tokens)
         self.routed = {block: experts.module for block, experts in self._experts.items()}
         beside = {name for experts in self._experts.values() for name in experts.names}
-        parts = {
-            index: {name: places[name] for name in names if name not in beside}
-            for index, names in named.items()
-            if index != OUTSIDE
-        }
+        self._tensors = tensors_by_part(skeleton, checkpoint, beside)
+        outside = self._tensors.pop(OUTSIDE, {})
+        filled = unpack(outside, map_tensors(stored_places(outside)))
+        looked_up, head = left_on_disk(skeleton, checkpoint)
+        self._head = filled.get(head)
+        parts = {index: stored_places(tensors) for index, tensors in self._tensors.items()}
         self._blocks = len(skeleton.blocks)
-        self._pieces = pieces_on_disk(places[head]) if head else []
+        self._pieces = pieces_on_disk(outside[head]) if head else []
         for number, piece in enumerate(self._pieces, start=self._blocks):
             parts[number] = {"head": piece}
-        self._leave(looked_up, head, outside)
-        skeleton.fill(outside)
+        self._leave(looked_up, head, filled)
+        skeleton.fill(filled)
         device = skeleton.device
         self.reader = Reader(parts, Staging(device) if device.type != "cpu" else None)
         self.reader.ahead(0)
 
-    def _leave(self, looked_up: str | None, head: str | None, outside: dict[str, Tensor]) -> None:
+    def _leave(self, looked_up: str | None, head: str | None, filled: dict[str, Tensor]) -> None:
         """Take embedding and head out of what is to be filled in."""
         skeleton, linear = self.skeleton, linear_head(self.skeleton.model)
         if looked_up:
             embedding = skeleton.model.get_input_embeddings()
-            table = outside.pop(looked_up)
+            table = filled.pop(looked_up)
             skeleton.set_absent(embedding.weight)
             embedding.forward = lambda ids: table[ids.to(table.device)].to(
                 device=skeleton.device, dtype=self._dtype
             )
-        if head in outside and skeleton.used_by(linear.weight) == [linear]:
-            del outside[head]
+        if head in filled and skeleton.used_by(linear.weight) == [linear]:
+            del filled[head]
             skeleton.set_absent(linear.weight)
 
     def enter(self, block: int) -> None:
         """Wait for a block, put it in place, and begin to read the next."""
         if block in self.reader.parts:
-            self.skeleton.fill(self.reader.get(block))
+            self.skeleton.fill(unpack(self._tensors[block], self.reader.get(block)))
         self.reader.ahead(block + 1)
 
     def bring_experts(self, block: int, chosen: Sequence[Tensor]) -> list[Tensor]:
@@ -177,17 +175,35 @@ class Streamed:
         self.reader.close()
 
 
+def fill_whole(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
+    """Put all of a checkpoint into memory, unpacked as it is when it is streamed."""
+    for tensors in tensors_by_part(skeleton, checkpoint).values():
+        filled = unpack(tensors, map_tensors(stored_places(tensors)))
+        plain = [name for name, place in tensors.items() if isinstance(place, Place)]
+        skeleton.fill(filled | {name: filled[name].clone() for name in plain})
+
+
+def tensors_by_part(
+    skeleton: Skeleton, checkpoint: Checkpoint, but: Collection[str] = ()
+) -> dict[int, dict[str, Place | Packed]]:
+    """What the model uses of a checkpoint, but for some, by block and OUTSIDE."""
+    return {
+        part: {name: checkpoint.tensors[name] for name in names if name not in but}
+        for part, names in skeleton.parts.items()
+    }
+
+
 def map_tensors(places: dict[str, Place]) -> dict[str, Tensor]:
     """Tensors that are paged in where they are touched; not to be written to."""
     files = {place.file: map_file(place.file) for place in places.values()}
     return {name: view(files[place.file], place, place.offset) for name, place in places.items()}
 
 
-def left_on_disk(skeleton: Skeleton) -> tuple[str | None, str | None]:
+def left_on_disk(skeleton: Skeleton, checkpoint: Checkpoint) -> tuple[str | None, str | None]:
     """The checkpoint's names of the embedding and of the head, where they need not be filled in.
 
-    That is: an embedding of the plain kind that nothing but the head shares, and a linear head. To
-    be asked before anything is filled in.
+    That is: an embedding of the plain kind that nothing but the head shares, and a linear head,
+    neither of them quantised. To be asked before anything is filled in.
     """
     head = linear_head(skeleton.model)
     if head is None:  # something may then be multiplied with the embedding
@@ -197,7 +213,8 @@ def left_on_disk(skeleton: Skeleton) -> tuple[str | None, str | None]:
         module in (embedding, head) for module in skeleton.used_by(embedding.weight)
     ):
         looked_up = skeleton.stored_name(embedding.weight)
-    return looked_up, skeleton.stored_name(head.weight)
+    names = looked_up, skeleton.stored_name(head.weight)
+    return tuple(None if n is None or checkpoint.is_packed(n) else n for n in names)
 
 
 def pieces_in_memory(

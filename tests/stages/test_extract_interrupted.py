@@ -70,7 +70,7 @@ def least_memory(dag: TinyDag) -> int:
     blocks = [names for part, names in skeleton.parts.items() if part != OUTSIDE]
     dtype = compute_dtype(torch.device("cpu"))
     return need_of(
-        checkpoint, blocks, (), left_on_disk(skeleton), dtype, BATCH_ROWS * ROW_TOKENS,
+        checkpoint, blocks, (), left_on_disk(skeleton, checkpoint), dtype, BATCH_ROWS * ROW_TOKENS,
         ROWS * ROW_TOKENS, width=32, vocabulary=97,
     ).streamed  # fmt: skip
 
