@@ -61,6 +61,7 @@ class ProgressView:
         self._bars: dict[str, TaskID] = {}
         self._done = threading.Event()
         self._last_plain = 0.0
+        self._seen: dict[str, list[dict]] = {}  # steps by node; its scratch is gone when it ends
         self._progress = Progress(
             TextColumn("{task.description:<24}"), BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f} %  {task.fields[note]}"), console=console,
@@ -123,12 +124,14 @@ class ProgressView:
                 self._progress.update(self._bars[name], completed=share, note=_note(lines))
 
     def _last_line(self, name: str) -> list[dict]:
-        """The first and the last step of the present phase."""
+        """The steps of the present phase, or those seen last where its curve is cleared away."""
         try:
             steps = read_steps(self.metrics_path(self.nodes[name]))
-        except FileNotFoundError:  # the stage has just ended, and its scratch is cleared away
-            return []
-        return [step for step in steps if step["phase"] == steps[-1]["phase"]]
+        except FileNotFoundError:
+            steps = []
+        if steps:
+            self._seen[name] = [step for step in steps if step["phase"] == steps[-1]["phase"]]
+        return self._seen.get(name, [])
 
 
 def read_steps(path: Path | None) -> list[dict]:
@@ -159,6 +162,8 @@ def _note(steps: list[dict]) -> str:
     values = " ".join(f"{key} {value:.3g}" for key, value in last.items() if key not in shown)
     left = _steps_left_s(steps)
     time_left = f", {duration(left)} left" if left is not None else ""
+    if last["step"] >= last["total"]:
+        time_left = ", finishing"
     return f"{last['phase']} {last['step']}/{last['total']}{time_left}  {values}"
 
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from flows.console import Estimate, ProgressView, duration, plan_table, result_table
+from flows.console import Estimate, ProgressView, _note, duration, plan_table, result_table
 from flows.plan import Node
 from flows.stage_process import Outcome
 from tests.flows.project import wait_for
@@ -256,6 +256,17 @@ def test_a_view_lives_on_when_a_curve_is_cleared_away_while_it_looks(show: Calla
         view.started(node("seed"))
         wait_for(lambda: len(looks) > 1 or not view._thread.is_alive(), "two looks")
         assert view._thread.is_alive()
+
+
+def test_what_was_seen_last_stays_when_a_stages_scratch_is_cleared_away(
+    tmp_path: Path, show: Callable
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f"{line(9)}\n{line(10)}\n")
+    with show(False) as view:
+        view.started(node("seed"))
+        wait_for(lambda: "seed" in view._seen, "a look")
+        (tmp_path / "metrics.jsonl").unlink()
+        assert _note(view._last_line("seed")) == "main 10/10, finishing  kl 2"
 
 
 def test_without_a_terminal_a_line_tells_step_and_time_left(tmp_path: Path, show: Callable) -> None:
