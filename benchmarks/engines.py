@@ -21,6 +21,7 @@ from random_models import SHAPES, drop_pages
 from stages.process import die_with_parent, keep_freed_memory, spin_briefly
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from modeling.answers import Answers
@@ -160,7 +161,8 @@ class Kept:
         import torch
 
         if block in self._files:
-            self._files[block].write(memoryview(states.contiguous().view(torch.int16).numpy()))
+            raw = states.bfloat16().contiguous().view(torch.int16)
+            self._files[block].write(memoryview(raw.numpy()))
 
     def answers(self, answers: "Answers") -> None:
         """Take a batch's answers."""
@@ -221,7 +223,7 @@ def open_accelerate(job: SimpleNamespace) -> "nn.Module":
     blocks = [f"model.layers.{index}" for index in range(SHAPES[job.size].blocks)]
     places = {**dict.fromkeys(rest, "cpu"), **dict.fromkeys(blocks, "disk")}
     return AutoModelForCausalLM.from_pretrained(
-        job.model, dtype="bfloat16", device_map=places, offload_folder=f"{job.out}/offload"
+        job.model, dtype=fast_dtype(), device_map=places, offload_folder=f"{job.out}/offload"
     ).eval()
 
 
@@ -240,10 +242,19 @@ def open_ram(job: SimpleNamespace) -> "nn.Module":
     """All weights in memory; they are mapped, so each page is touched once."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype="bfloat16").eval()
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=fast_dtype()).eval()
     for parameter in model.parameters():
         parameter.detach().flatten()[:: mmap.PAGESIZE // 2].sum()
     return model
+
+
+def fast_dtype() -> "torch.dtype":
+    """What ours computes in on this machine."""
+    import torch
+
+    from modeling.backends import compute_dtype
+
+    return compute_dtype(torch.device("cpu"))
 
 
 OPENERS = {"accelerate": open_accelerate, "airllm": open_airllm, "ram": open_ram}
