@@ -97,9 +97,10 @@ class Alone:
         kept = step_of(checkpoint) if checkpoint else 0
         times = {0: 0.0} | dict(self._steps(works[0] / "metrics.jsonl"))
         began_s = self.log.stat().st_mtime  # its last line is that of the engine, or "going on"
-        working = "streamed" in self.log.read_text(encoding="utf-8")
+        if "streamed" not in self.log.read_text(encoding="utf-8"):  # it had not begun to work
+            return Cost(after_s, kept, kept, 0.0)
         since_s = max(times.get(kept, 0.0), began_s)
-        return Cost(after_s, max(times), kept, max(0.0, killed_s - since_s) if working else 0.0)
+        return Cost(after_s, max(times), kept, max(0.0, killed_s - since_s))
 
     def _steps(self, path: Path) -> list[tuple[int, float]]:
         """Steps and their wall times; a line that the kill tore is no step."""
