@@ -89,7 +89,9 @@ def open_teacher(
         text.vocab_size,
     )  # fmt: skip
     need = replace(need, token=need.token + kept_bytes)
-    plan = choose_engine(need, engine, free_bytes(device), f"{device} in {str(dtype)[6:]}")
+    mapped = 2 * stored.size  # what lies outside blocks, and to ask what the page cache holds
+    free = free_bytes(device, mapped)
+    plan = choose_engine(need, engine, free, f"{device} in {str(dtype)[6:]}")
     if plan.engine == RESIDENT and packed:
         fill_whole(skeleton, checkpoint)
         return Teacher(skeleton.model, skeleton.blocks, Resident(skeleton.model), plan, device)
