@@ -58,7 +58,8 @@ def harvest(
             coordinates = wanted.subspaces.whiten(arrival.block, arrival.hidden)
             kept[f"anchor.{arrival.block}"] = coordinates.to("cpu", torch.bfloat16)
         yield Sheaf(arrival.block, arrival.batch, kept)
-    vocabulary = passage.model.get_input_embeddings().weight.shape[0]
+    ends = passage.model.get_input_embeddings(), passage.model.get_output_embeddings()
+    vocabulary = max(end.weight.shape[0] for end in ends)  # they may differ, either way
     for batch, tensors in enumerate(_at_head(passage, tokens, wanted, first, vocabulary)):
         yield Sheaf(len(passage.blocks), batch, tensors)
 
