@@ -8,6 +8,7 @@ from torch import Tensor
 
 from modeling.answers import read_answers
 from modeling.losses import SparseTargets
+from modeling.refusals import refuse_unusual
 from modeling.samples import Samples, read_samples
 from modeling.streaming import Passage
 from stages.formats.importance import Subspaces
@@ -48,9 +49,10 @@ def harvest(
     """Take a passage through its model, keeping what is wanted; one sheaf a block and batch.
 
     tokens: the batches' own, (B, T) each.  first: the number of their first position among those of
-    all data, which draws follow from.
+    all data, which draws follow from.  Raises CannotFollow for a model that it does not fit.
     """
     for arrival in passage.run():
+        refuse_unusual(passage, arrival)
         kept = {}
         if arrival.block == wanted.prefix - 1 >= 0:
             kept["prefix"] = arrival.hidden.to("cpu", torch.bfloat16)

@@ -247,7 +247,8 @@ def test_files_that_will_be_mapped_count_only_against_a_limited_address_space() 
         from modeling.memory import free_bytes
         before = free_bytes(mapped=1 << 60)
         resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32))
-        print(before > 0, free_bytes(mapped=1 << 60), free_bytes() - free_bytes(mapped=1 << 20) >> 20)
+        less = free_bytes() - free_bytes(mapped=1 << 20)
+        print(before > 0, free_bytes(mapped=1 << 60), less >> 20)
     """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", code]
