@@ -39,7 +39,9 @@ def without_gradients() -> Iterator[None]:
 
 def teacher_of(family: str) -> Teacher:
     model = tiny_model(family)
-    return Teacher(model, find_units(model), Resident(model), Plan("resident", 32, ""))
+    return Teacher(
+        model, find_units(model), Resident(model), Plan("resident", 32, ""), torch.device("cpu")
+    )
 
 
 def extract(family: str, job: Job) -> dict[str, bytes]:
