@@ -1,6 +1,8 @@
 """kill -9 of the whole process tree at random moments, again and again: is anything lost?
 
-    .venv/bin/python benchmarks/kills.py [--kills 20] [--seed 0]
+    .venv/bin/python benchmarks/kills.py [--kills 20] [--seed 0] [--set extract.engine=streamed ...]
+
+Few moments of a whole pipeline are of one stage: benchmarks/kills_stage.py kills one alone.
 
 Two clones run the tiny preset: one undisturbed, the other killed at random moments and started
 again. Whenever the second gets through, its student and metrics must equal the first's to the bit;
@@ -26,22 +28,20 @@ PRESET = "tiny"
 
 def main() -> None:
     """Run the experiment and print one line a kill and a summary."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parse()
+    arguments = ["--preset", PRESET, *(f"--set={text}" for text in options.assignments)]
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         calm, stormy = clone(Path(folder) / "calm"), clone(Path(folder) / "stormy")
         began = time.monotonic()
-        run(calm)
+        run(calm, arguments)
         length_s = time.monotonic() - began
         wanted = digests(calm)
         print(f"undisturbed: {length_s:.0f} s, {len(wanted)} files compared")
         kills, runs_through, orphans = 0, 0, 0
         where: dict[str, int] = {}
         while kills < options.kills:
-            process = start(stormy)
+            process = start(stormy, arguments)
             try:
                 process.wait(timeout=rng.uniform(2.0, length_s))
             except subprocess.TimeoutExpired:
@@ -59,11 +59,23 @@ def main() -> None:
             runs_through += 1
             command = ["./run_pipeline.sh", "--reset", "--yes"]
             subprocess.run(command, cwd=stormy, check=True, capture_output=True)
-        run(stormy)
+        run(stormy, arguments)
         assert digests(stormy) == wanted, "the result differs from the undisturbed run's"
         print(f"runs that got through in between, identical: {runs_through}; kills in: {where}")
         print(f"final student, metrics: identical bits in {len(wanted)} files; orphans: {orphans}")
         print(f"MLflow: {mlflow_summary(stormy)}")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--set", dest="assignments", action="append", default=[], metavar="SECTION.KEY=VALUE",
+        help="a parameter that both clones run with; may be given several times",
+    )  # fmt: skip
+    return parser.parse_args()
 
 
 def clone(folder: Path) -> Path:
@@ -73,11 +85,11 @@ def clone(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path) -> subprocess.Popen:
-    """Start a run in the background; what it prints goes to a file beside the folder."""
+def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
+    """Start run_pipeline.sh in the background; what it prints goes to a file beside the folder."""
     with folder.with_suffix(".log").open("w") as log:
         return subprocess.Popen(
-            ["./run_pipeline.sh", "--preset", PRESET],
+            ["./run_pipeline.sh", *arguments],
             cwd=folder,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -85,9 +97,9 @@ def start(folder: Path) -> subprocess.Popen:
         )
 
 
-def run(folder: Path) -> None:
+def run(folder: Path, arguments: list[str]) -> None:
     """Run to the end."""
-    if start(folder).wait():
+    if start(folder, arguments).wait():
         raise SystemExit(f"a run failed:\n{said(folder)}")
 
 

@@ -1,9 +1,9 @@
 """Find the blocks of any causal language model, and run them one by one with the model's own code.
 
-Structure is found, not listed by family: the block list is the one ModuleList as long as the
-config says. How a block must be called (masks, rotary embeddings, positions) is not rebuilt here
-but captured: one forward in which every block is replaced by a stub that records its call
-("capture and replay", the catcher of GPTQ, Frantar 2022, for every block at once).
+Structure is found, not listed by family: the block list is the one ModuleList in the text decoder
+that is as long as the config says. How a block must be called (masks, rotary embeddings, positions)
+is not rebuilt here but captured: one forward in which every block is replaced by a stub that
+records its call ("capture and replay", the catcher of GPTQ, Frantar 2022, for every block at once).
 
 Letters: B rows, T tokens a row, D hidden width, V vocabulary.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,36 @@ class BlockCalls:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the block list and its name. Raises ValueError, saying what was found, when unclear."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    }
+    """Find the block list and its name. Raises ValueError, saying what was found, when unclear.
+
+    Only lists in the text decoder count: a vision tower may be just as deep.
+    """
+    text = model.config.get_text_config()
+    count = getattr(text, "num_hidden_layers", None)
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    every = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    within = {n: m for n, m in every.items() if id(m) in decoder} or every
+    lists = {name: module for name, module in within.items() if len(module) == count}
+    if len(lists) > 1:  # the decoder holds the tower
+        lists = {
+            n: m for n, m in lists.items() if type(_config_of(model, n)) is type(text)
+        } or lists
     if len(lists) != 1:
         raise ValueError(
             f"{type(model).__name__} has {len(lists)} lists of {count} modules "
             f"({', '.join(lists) or 'none'}); exactly one is needed to know its blocks"
         )
     return next(iter(lists.items()))
+
+
+def _config_of(model: PreTrainedModel, name: str) -> PreTrainedConfig:
+    """The configuration of the innermost module around a name that has one."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        if isinstance(config, PreTrainedConfig):
+            return config
+    return model.config
 
 
 def find_units(model: PreTrainedModel) -> list[nn.Module]:

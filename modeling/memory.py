@@ -120,19 +120,25 @@ def _is_cast(place: "Place | Packed", dtype: "torch.dtype") -> bool:
     return is_float and place.dtype != dtype
 
 
-def free_bytes(device: "torch.device | None" = None) -> int:
+def free_bytes(device: "torch.device | None" = None, mapped: int = 0) -> int:
     """Memory that this process may still take.
 
     On a GPU: what is free there, up to this process's own share of it. On the CPU: of the machine,
-    its cgroup and its own limit.
+    its cgroup and its own limits.
+    mapped: bytes of files that it will map; they take no memory, but of its address space.
     """
     if device is not None and device.type == "cuda":
         return _free_on_gpu(device)
     free = [psutil.virtual_memory().available]
     free += [left for folder in _cgroups() if (left := _left_in(folder)) is not None]
-    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    if soft != resource.RLIM_INFINITY:
-        free.append(soft - psutil.Process().memory_info().data)
+    taken = psutil.Process().memory_info()
+    for kind, used in (
+        (resource.RLIMIT_DATA, taken.data),
+        (resource.RLIMIT_AS, taken.vms + mapped),
+    ):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            free.append(soft - used)
     return max(0, min(free))
 
 

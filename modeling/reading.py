@@ -15,7 +15,7 @@ import ctypes
 import mmap
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,8 +185,22 @@ def view(memory: Tensor, place: Place, at: int) -> Tensor:
     return raw.view(place.dtype).view(place.shape)
 
 
+def refuse_cut(sizes: Mapping[Path, int]) -> None:
+    """Raise BadCheckpoint when a mapped file is shorter than it was.
+
+    Touching what was cut off would end the process with SIGBUS, which nobody can catch. To be
+    called right before bytes are touched; a file that is cut in between still ends it.
+    """
+    for path, size in sizes.items():
+        if (found := path.stat().st_size) < size:
+            raise BadCheckpoint(
+                f"{path} has {found} bytes, and had {size} when it was opened: it was cut or "
+                "written anew while it is read; fetch it again"
+            )
+
+
 def map_file(path: Path) -> Tensor:
-    """A file's bytes, paged in where they are touched; not to be written to."""
+    """A file's bytes, paged in where they are touched; not to be written to (see refuse_cut)."""
     if not path.stat().st_size:
         raise BadCheckpoint(f"{path} is empty; fetch it again")
     with path.open("rb") as stream:

@@ -7,10 +7,11 @@ conversion, and taken out again.
 """
 
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -143,20 +144,21 @@ class Skeleton:
 
 
 def build_skeleton(
-    opener: type, config: object, checkpoint: Checkpoint, dtype: torch.dtype,
+    kind: type[PreTrainedModel], config: object, checkpoint: Checkpoint, dtype: torch.dtype,
     device: torch.device = CPU,
 ) -> Skeleton:  # fmt: skip
-    """Build a model of a class (or Auto class) whose tensors stay on disk.
+    """Build a model of a class whose tensors stay on disk.
 
     dtype: what it is to compute in.  device: where.
 
-    Raises BadCheckpoint when tensors are missing or have another shape than the model's.
+    Raises BadCheckpoint when tensors are missing or have another shape than the model's, before
+    any room is made for them.
     """
     transformers_logging.disable_progress_bar()  # of "Loading weights", once a block
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # no pool of threads for views
     state = {name: Unread(place) for name, place in checkpoint.tensors.items()}
     try:
-        model, info = opener.from_pretrained(
+        model, info = _refusing(kind, checkpoint).from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
@@ -167,7 +169,8 @@ def build_skeleton(
             f"a {config.model_type} cannot be streamed: transformers changes some of its tensors "
             "by their values while it loads them; it has to fit into memory"
         ) from error
-    _refuse_gaps(model, info, checkpoint)
+    model.__class__ = kind
+    _refuse_gaps(model, info["missing_keys"], info["mismatched_keys"], checkpoint)
     model.eval().requires_grad_(False)
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -177,14 +180,41 @@ def build_skeleton(
     return Skeleton(model, find_units(model), _parts(model, targets), targets, device)
 
 
-def _refuse_gaps(model: PreTrainedModel, info: dict, checkpoint: Checkpoint) -> None:
-    if missing := sorted(info["missing_keys"]):
+def _refusing(kind: type[PreTrainedModel], checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    """The class, but it refuses gaps where transformers would make room for all that is missing:
+    for a large model's configuration beside a small checkpoint, that would be all of the model."""
+
+    def finalize(model: PreTrainedModel, loading: LoadStateDictConfig, info: Any) -> Any:
+        tied = {**model.all_tied_weights_keys, **_reversed(model.all_tied_weights_keys)}
+        ignored = model._keys_to_ignore_on_load_missing or ()
+        missing = {
+            name
+            for name in info.missing_keys
+            if tied.get(name, name) in info.missing_keys
+            and not any(re.search(pattern, name) for pattern in ignored)
+        }
+        _refuse_gaps(model, missing, info.mismatched_keys, checkpoint)
+        return kind._finalize_model_loading(model, loading, info)
+
+    own = {"_finalize_model_loading": staticmethod(finalize), "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), own)
+
+
+def _reversed(names: dict[str, str]) -> dict[str, str]:
+    return {there: here for here, there in names.items()}
+
+
+def _refuse_gaps(
+    model: PreTrainedModel, missing: Collection[str], mismatched: Collection[tuple],
+    checkpoint: Checkpoint,
+) -> None:  # fmt: skip
+    if missing:
         raise BadCheckpoint(
             f"{checkpoint.folder} lacks {len(missing)} tensors that {type(model).__name__} needs, "
-            f"'{missing[0]}' among them; the configuration is of another model, or a file is gone"
+            f"'{min(missing)}' among them; the configuration is of another model, or a file is gone"
         )
-    if wrong := sorted(info["mismatched_keys"]):
-        name, found, wanted = wrong[0]
+    if mismatched:
+        name, found, wanted = min(mismatched)
         raise BadCheckpoint(
             f"{checkpoint.folder}: '{name}' is {tuple(found)}, the configuration says "
             f"{tuple(wanted)}; one of the two is of another model"

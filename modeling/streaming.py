@@ -16,14 +16,7 @@ visits its blocks more than once, or in another order, is followed there: that o
 Letters: B rows, T tokens a row, D hidden width, V vocabulary.
 """
 
-from collections.abc import (
-    Callable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    MutableSequence,
-    Sequence,
-)
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +25,7 @@ from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modeling.refusals import refuse_unlike
 from modeling.stubs import stand_ins
 
 if TYPE_CHECKING:
@@ -69,7 +63,9 @@ class Forward(greenlet):
         self.at: int | None = None
         self.done = -1  # the last block that is behind it
         self.skip = -1  # the last block that is not to be run
-        self.calls = 0  # of blocks so far; more than there are blocks, where one is called twice
+        self.visits: list[
+            int
+        ] = []  # the blocks called so far; some models call one twice, or never
         self.done_call = 0  # the one that `done` was
         self._replaced: tuple[int, Tensor] | None = None
         self.hidden: Tensor | None = None
@@ -78,6 +74,7 @@ class Forward(greenlet):
         self.output: Any = None
         self.plain = True  # each block gets the very tensor that the one before gave
         self.width = 0  # of the tuple that blocks return; 0 for a bare tensor
+        self.alike = True  # all return the same kind of thing
         self._beside: tuple = ()  # the rest of that tuple
 
     def advance(self, *given: Tensor) -> None:
@@ -109,7 +106,7 @@ class Forward(greenlet):
     def through_block(self, index: int, original: Callable, args: tuple, kwargs: dict) -> Any:
         """Stand in for a block's forward."""
         given = args[0] if args else kwargs.get("hidden_states")
-        self.calls += 1
+        self.visits.append(index)
         if index <= self.skip:
             if index == self.skip and self.hidden is not None:
                 self.skip, given = -1, self.hidden  # a model may come back to a block
@@ -122,14 +119,16 @@ class Forward(greenlet):
         self.plain &= not any(isinstance(value, SHARED) for value in kwargs.values())
         self.parent.switch(index)
         output = original(*args, **kwargs)
-        if self._replaced and self.calls == self._replaced[0]:
+        if self._replaced and len(self.visits) == self._replaced[0]:
             output = self._instead_of(output)
-        self.width = len(output) if isinstance(output, (tuple, list)) else 0
+        width = len(output) if isinstance(output, (tuple, list)) else 0
+        self.alike &= type(output) in (tuple, Tensor) and (self.done < 0 or width == self.width)
+        self.width = width
         self.plain &= type(output) in (tuple, Tensor)
         self.plain &= all(value is None for value in output[1:]) if self.width else True
         self.hidden = output[0] if self.width else output
         self._beside = tuple(output[1:]) if self.width else ()
-        self.done, self.done_call = index, self.calls
+        self.done, self.done_call = index, len(self.visits)
         self.parent.switch(BEHIND)
         return output
 
@@ -227,20 +226,28 @@ class Passage:
     def after_head(self) -> Callable[[Tensor], Tensor]:
         """What the model does to the head's logits (caps, scales): (n, V') -> (n, V').
 
-        It is the model's own code, run on one token with no block and given the logits.
+        It is the model's own code, run on one token with no block. Raises CannotFollow.
         """
-        whole = self.forwards[0].inputs
-        inputs = {**whole, "input_ids": whole["input_ids"][:1, :1]}
-        blocks, width = len(self.blocks), self.forwards[0].width
+        refuse_unlike(self)
 
         def finish(logits: Tensor) -> Tensor:
             with stand_ins(self.blocks, linear_head(self.model)):
-                forward = Forward(self.model, inputs)
-                forward.restore(blocks - 1, None, width)
-                forward.advance()
-                return forward.finish(logits[None]).logits[0]
+                return self._without_blocks().finish(logits[None]).logits[0]
 
         return finish
+
+    def visits(self) -> list[int]:
+        """The blocks that a forward comes to; to be called while it runs. Raises CannotFollow."""
+        refuse_unlike(self)
+        return self._without_blocks().visits
+
+    def _without_blocks(self) -> Forward:
+        """A forward of one token that came to the head through no block."""
+        whole = self.forwards[0].inputs
+        forward = Forward(self.model, {**whole, "input_ids": whole["input_ids"][:1, :1]})
+        forward.restore(len(self.blocks) - 1, None, self.forwards[0].width)
+        forward.advance()
+        return forward
 
     def branch(self, batch: int, block: int, output: Tensor) -> Forward:
         """Add a forward that goes as a batch's does, but gets `output` out of a block.

@@ -57,16 +57,13 @@ def open_teacher(
     batch_tokens: tokens of one batch.  tokens: of all data.  kept_bytes: of memory that a token's
     answers take while it is under way.
     Raises WillNotFit, CannotStream, BadCheckpoint, ValueError for a model that is no causal
-    language model, and FileNotFoundError when it is not there.
+    language model or states no width, and FileNotFoundError when it is not there.
     """
     device = device or default_device()
     dtype = compute_dtype(device)
     folder = weights_folder(location)
     config = read_config(folder)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if kind is None:
-        raise ValueError(f"{folder} holds a {config.model_type}, which is no causal language model")
-    kind = kind[0] if isinstance(kind, tuple) else kind
+    kind, text = causal_class(folder, config), config.get_text_config()
     stored = read_checkpoint(folder)
     checkpoint, config = open_packed(stored, config, dtype)
     packed = checkpoint is not stored
@@ -83,13 +80,14 @@ def open_teacher(
         if engine == STREAMED:
             raise
         blocks = [list(checkpoint.tensors)]  # as if it were one block: it is never streamed
-    text = config.get_text_config()
     need = need_of(
         checkpoint, blocks, fused, left, dtype, batch_tokens, tokens, text.hidden_size,
         text.vocab_size,
     )  # fmt: skip
     need = replace(need, token=need.token + kept_bytes)
-    plan = choose_engine(need, engine, free_bytes(device), f"{device} in {str(dtype)[6:]}")
+    mapped = 2 * stored.size  # what lies outside blocks, and to ask what the page cache holds
+    free = free_bytes(device, mapped)
+    plan = choose_engine(need, engine, free, f"{device} in {str(dtype)[6:]}")
     if plan.engine == RESIDENT and packed:
         fill_whole(skeleton, checkpoint)
         return Teacher(skeleton.model, skeleton.blocks, Resident(skeleton.model), plan, device)
@@ -101,6 +99,17 @@ def open_teacher(
         sentence = f"{plan.sentence}; experts of {len(weights.routed)} blocks as they are routed to"
         plan = replace(plan, sentence=sentence)
     return Teacher(skeleton.model, skeleton.blocks, weights, plan, device)
+
+
+def causal_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class to open a teacher with. Raises ValueError where there is none, or no width."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ValueError(f"{folder} holds a {config.model_type}, which is no causal language model")
+    text = config.get_text_config()
+    if missing := [name for name in ("hidden_size", "vocab_size") if not hasattr(text, name)]:
+        raise ValueError(f"a {text.model_type} cannot be a teacher: it states no {missing[0]}")
+    return kind[0] if isinstance(kind, tuple) else kind
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from modeling.checkpoint import Checkpoint, Packed, Place
 from modeling.experts import find_routed
 from modeling.packed import stored_places, unpack
-from modeling.reading import Reader, map_file, view
+from modeling.reading import Reader, map_file, refuse_cut, view
 from modeling.skeleton import OUTSIDE, Skeleton
 from modeling.staging import Staging
 from modeling.streaming import linear_head
@@ -100,7 +100,9 @@ class Streamed:
         beside = {name for experts in self._experts.values() for name in experts.names}
         self._tensors = tensors_by_part(skeleton, checkpoint, beside)
         outside = self._tensors.pop(OUTSIDE, {})
-        filled = unpack(outside, map_tensors(stored_places(outside)))
+        mapped = stored_places(outside)
+        self._sizes = {p.file: p.file.stat().st_size for p in mapped.values()}
+        filled = unpack(outside, map_tensors(mapped))
         looked_up, head = left_on_disk(skeleton, checkpoint)
         self._head = filled.get(head)
         parts = {index: stored_places(tensors) for index, tensors in self._tensors.items()}
@@ -121,15 +123,23 @@ class Streamed:
             embedding = skeleton.model.get_input_embeddings()
             table = filled.pop(looked_up)
             skeleton.set_absent(embedding.weight)
-            embedding.forward = lambda ids: table[ids.to(table.device)].to(
-                device=skeleton.device, dtype=self._dtype
-            )
+
+            def look_up(ids: Tensor) -> Tensor:
+                refuse_cut(self._sizes)
+                found = table[ids.to(table.device)]
+                return found.to(device=skeleton.device, dtype=self._dtype)
+
+            embedding.forward = look_up
         if head in filled and skeleton.used_by(linear.weight) == [linear]:
             del filled[head]
             skeleton.set_absent(linear.weight)
 
     def enter(self, block: int) -> None:
-        """Wait for a block, put it in place, and begin to read the next."""
+        """Wait for a block, put it in place, and begin to read the next.
+
+        Raises BadCheckpoint when a file has become shorter.
+        """
+        refuse_cut(self._sizes)
         if block in self.reader.parts:
             self.skeleton.fill(unpack(self._tensors[block], self.reader.get(block)))
         self.reader.ahead(block + 1)
@@ -149,6 +159,7 @@ class Streamed:
 
     def head(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """The head a piece at a time; a piece is valid until the next."""
+        refuse_cut(self._sizes)
         head = linear_head(self.skeleton.model)
         if not self._pieces:
             yield from pieces_in_memory(head.weight, head.bias)
@@ -166,6 +177,7 @@ class Streamed:
 
     def whole_head(self) -> Tensor:
         """The head's weight, mapped where it is computed in the type that it is stored in."""
+        refuse_cut(self._sizes)
         if self._head is None:
             return linear_head(self.skeleton.model).weight
         return self._head.to(device=self.skeleton.device, dtype=self._dtype)

@@ -28,7 +28,8 @@ def save_checkpoint(state: Resumable, folder: Path, step: int) -> None:
     """Write `folder/step-00000120`, whole or not at all, and drop all but the last two."""
     target = folder / f"step-{step:08d}"
     part = target.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
+    for torn in folder.glob("step-*.part"):  # of a kill or a full disk, at whatever step
+        shutil.rmtree(torn)
     part.mkdir(parents=True)
     state.save(part)
     write_manifest(part)

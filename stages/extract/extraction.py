@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modeling.losses import SparseTargets
+from modeling.refusals import count_visits
 from modeling.streaming import Passage
 from modeling.teacher import Teacher
 from stages.contract import Job
@@ -25,10 +26,14 @@ from stages.formats.targets import write_shard
 class Progress:
     """How many groups are done, and where the batches of the present one are."""
 
+    COUNTS = ("together", "groups", "step", "begun", "visits")
+
     def __init__(self, together: int) -> None:
         self.together = together  # shards of a group; stays what it was when it began
         self.groups = 0
         self.step = 0
+        self.begun = 0  # the step at which the present group began
+        self.visits = 0  # blocks that a batch comes to; 0 while that is not known
         self.passage: Passage | None = None  # what is under way
         self.snapshot: dict[str, Tensor] = {}  # where an interrupted one was
 
@@ -38,15 +43,15 @@ class Progress:
         save_file(
             {name: t.contiguous() for name, t in snapshot.items()}, folder / "passage.safetensors"
         )
-        counts = {"together": self.together, "groups": self.groups, "step": self.step}
+        counts = {name: getattr(self, name) for name in self.COUNTS}
         (folder / "progress.json").write_text(json.dumps(counts), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
         self.snapshot = load_file(folder / "passage.safetensors")
         counts = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-        self.together, self.groups = counts["together"], counts["groups"]
-        self.step = counts["step"]
+        for name in self.COUNTS:
+            setattr(self, name, counts[name])
 
 
 class Extraction:
@@ -62,7 +67,6 @@ class Extraction:
         self.batch_rows = batch_rows
         self.job = job
         self.groups: list[range] = []
-        self.steps = 0
 
     def run(self) -> None:
         """Extract what is not extracted yet."""
@@ -72,7 +76,6 @@ class Extraction:
         numbers = range(len(self.shards))
         together = progress.together
         self.groups = [numbers[n : n + together] for n in numbers[::together]]
-        self.steps = len(numbers) * len(self.teacher.blocks) + len(self.groups)
         for group in self.groups[progress.groups :]:
             self._take(group, progress)
 
@@ -85,9 +88,10 @@ class Extraction:
             progress.passage.restore(progress.snapshot)
             progress.snapshot = {}
         else:
-            progress.step = self._steps_before(numbers)
+            progress.step = progress.begun
             self.job.progress.cut_back("main", progress.step)
         last = {number: batch for batch, number in enumerate(home)}
+        kept = {self.wanted.prefix - 1, *self.wanted.anchors} - {-1}
         gathered: list[dict[str, Tensor]] = []
         first = numbers.start * self.shards[0].numel()
         for sheaf in harvest(progress.passage, batches, self.wanted, first):
@@ -98,16 +102,17 @@ class Extraction:
             write_shard(self.job.output, number, join(gathered))
             gathered = []
             if 0 <= sheaf.block < len(self.teacher.blocks):
-                progress.step += 1
-                self.job.step_done(progress, progress.step, self.steps)
+                progress.visits = progress.visits or count_visits(progress.passage, kept)
+                self._step(progress)
         progress.passage = None
         progress.groups += 1
-        progress.step += 1
-        self.job.step_done(progress, progress.step, self.steps)
+        progress.begun = progress.step + 1
+        self._step(progress)
 
-    def _steps_before(self, numbers: range) -> int:
-        done = next(index for index, group in enumerate(self.groups) if group == numbers)
-        return sum(len(group) * len(self.teacher.blocks) + 1 for group in self.groups[:done])
+    def _step(self, progress: Progress) -> None:
+        progress.step += 1
+        steps = len(self.shards) * progress.visits + len(self.groups)
+        self.job.step_done(progress, progress.step, steps)
 
 
 class ShardsDone:

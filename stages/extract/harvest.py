@@ -8,6 +8,7 @@ from torch import Tensor
 
 from modeling.answers import read_answers
 from modeling.losses import SparseTargets
+from modeling.refusals import refuse_unusual
 from modeling.samples import Samples, read_samples
 from modeling.streaming import Passage
 from stages.formats.importance import Subspaces
@@ -48,9 +49,10 @@ def harvest(
     """Take a passage through its model, keeping what is wanted; one sheaf a block and batch.
 
     tokens: the batches' own, (B, T) each.  first: the number of their first position among those of
-    all data, which draws follow from.
+    all data, which draws follow from.  Raises CannotFollow for a model that it does not fit.
     """
     for arrival in passage.run():
+        refuse_unusual(passage, arrival)
         kept = {}
         if arrival.block == wanted.prefix - 1 >= 0:
             kept["prefix"] = arrival.hidden.to("cpu", torch.bfloat16)
@@ -58,7 +60,8 @@ def harvest(
             coordinates = wanted.subspaces.whiten(arrival.block, arrival.hidden)
             kept[f"anchor.{arrival.block}"] = coordinates.to("cpu", torch.bfloat16)
         yield Sheaf(arrival.block, arrival.batch, kept)
-    vocabulary = passage.model.get_input_embeddings().weight.shape[0]
+    ends = passage.model.get_input_embeddings(), passage.model.get_output_embeddings()
+    vocabulary = max(end.weight.shape[0] for end in ends)  # they may differ, either way
     for batch, tensors in enumerate(_at_head(passage, tokens, wanted, first, vocabulary)):
         yield Sheaf(len(passage.blocks), batch, tensors)
 

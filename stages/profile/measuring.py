@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modeling.answers import logits_of
+from modeling.refusals import count_visits, refuse_unusual
 from modeling.streaming import Arrival, Passage
 from modeling.teacher import Teacher
 from stages.contract import Job
@@ -47,6 +48,8 @@ class Measured:
 
     def __init__(self, rows: int, blocks: int, width: int, rank: int, device: torch.device) -> None:
         self.step = 0
+        self.visits = 0  # blocks that a batch comes to; 0 while that is not known
+        self.judged = 0  # batches whose branches were compared with the whole model
         self.branches: list[Branch] = []
         self.device = device
         self.covariance = RunningCovariance(width, device)  # of the block that is under way
@@ -62,7 +65,8 @@ class Measured:
     def save(self, folder: Path) -> None:
         """Write measured.json, measured.safetensors and passage.safetensors."""
         branches = [asdict(branch) for branch in self.branches]
-        counts = {"step": self.step, "count": self.covariance.count, "branches": branches}
+        counts = {name: getattr(self, name) for name in ("step", "visits", "judged")}
+        counts |= {"count": self.covariance.count, "branches": branches}
         (folder / "measured.json").write_text(json.dumps(counts), encoding="utf-8")
         sums = {"total": self.covariance.total, "products": self.covariance.products}
         save_file({**self.tensors, **sums}, folder / "measured.safetensors")
@@ -75,7 +79,8 @@ class Measured:
         if not self.snapshot:
             return
         counts = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
-        self.step, self.covariance.count = counts["step"], counts["count"]
+        self.step, self.visits, self.judged = (counts[n] for n in ("step", "visits", "judged"))
+        self.covariance.count = counts["count"]
         self.branches = [Branch(**branch) for branch in counts["branches"]]
         self.tensors = load_file(folder / "measured.safetensors")
         self.covariance.total = self.tensors.pop("total").to(self.device)
@@ -95,7 +100,6 @@ class Measuring:
         self.ablated = self.batches[:ablated]
         self.blocks = len(teacher.blocks)
         self.tested = control_blocks(self.blocks, params.control_blocks)
-        self.steps = self.blocks * len(self.batches) + len(self.ablated)
         self.passage = teacher.passage(self.batches)
         self.device = teacher.device
         self.width = teacher.model.config.get_text_config().hidden_size
@@ -113,9 +117,12 @@ class Measuring:
                 self.passage.rejoin(branch.batch)
             self.passage.restore(measured.snapshot)
         before = {n: forward.hidden for n, forward in enumerate(self.passage.forwards)}
+        every = range(self.blocks)
         for arrival in self.passage.run():
+            refuse_unusual(self.passage, arrival)
             block, batch = arrival.block, arrival.batch
             if block >= 0 and batch < len(self.batches):  # no branch
+                measured.visits = measured.visits or count_visits(self.passage, every)
                 self._measure(arrival, before[batch], measured)
                 before[batch] = arrival.hidden
                 if batch == len(self.batches) - 1:
@@ -161,18 +168,19 @@ class Measuring:
         """Compare all branches with the whole model, batch by batch."""
         logits = logits_of(self.passage)
         forwards = self.passage.forwards
-        done = measured.step - self.blocks * len(self.batches)
-        for batch in range(done, len(self.ablated)):
+        for batch in range(measured.judged, len(self.ablated)):
             judge = Judge(forwards[batch], logits)
             for place, branch in enumerate(measured.branches, start=len(self.batches)):
                 if branch.batch == batch:
                     harm = judge.harm(forwards[place])
                     measured.tensors[branch.kind][self._rows(batch), branch.block] = harm
+            measured.judged += 1
             self._step(measured)
 
     def _step(self, measured: Measured) -> None:
         measured.step += 1
-        self.job.step_done(measured, measured.step, self.steps)
+        steps = measured.visits * len(self.batches) + len(self.ablated)
+        self.job.step_done(measured, measured.step, steps)
 
     def _rows(self, batch: int) -> slice:
         first = batch * self.params.batch_rows

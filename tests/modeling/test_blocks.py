@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modeling.blocks import capture_calls, dissect, drop_blocks, run_block
+from modeling.blocks import capture_calls, dissect, drop_blocks, find_blocks, find_units, run_block
+from tests.causal_lms import tiny_model
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mamba
 
 FAMILIES = [tiny_llama, tiny_gpt2, tiny_mamba]
@@ -39,6 +40,26 @@ def state_behind_blocks(model, tokens: Tensor) -> Tensor:
     model(tokens)
     handle.remove()
     return seen[0]
+
+
+# --- found -----------------------------------------------------------------------------------
+
+TOWERS = [  # all with a vision tower of as many blocks as the text has
+    ("gemma3", "model.language_model.layers"),
+    ("got_ocr2", "model.language_model.layers"),
+    ("git", "git.encoder.layer"),  # here the tower is inside the decoder
+    ("phi4_multimodal", "model.layers"),
+]
+
+
+@pytest.mark.parametrize(("family", "name"), TOWERS)
+def test_the_texts_blocks_are_taken_where_a_vision_tower_is_as_deep(family: str, name: str) -> None:
+    model = tiny_model(family)
+    blocks = model.get_submodule(name)
+    towers = [m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n != name]
+    assert any(len(tower) == len(blocks) for tower in towers)
+    assert find_blocks(model) == (name, blocks)
+    assert find_units(model) == list(blocks)
 
 
 # --- capture and replay ----------------------------------------------------------------------
@@ -134,7 +155,7 @@ def test_the_parts_are_the_models_own(build: Callable) -> None:
 
 def test_two_lists_that_could_be_the_blocks_are_refused_by_name() -> None:
     model = tiny_llama()
-    model.experts = nn.ModuleList(nn.Identity() for _ in range(3))
+    model.model.experts = nn.ModuleList(nn.Identity() for _ in range(3))
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has 2 lists of 3.*layers.*experts"):
         dissect(model)
 
@@ -144,6 +165,12 @@ def test_a_model_without_a_list_of_blocks_is_refused() -> None:
     model.config.num_hidden_layers = 5
     with pytest.raises(ValueError, match=r"0 lists of 5 modules \(none\)"):
         dissect(model)
+
+
+def test_a_list_outside_the_text_decoder_is_no_trouble() -> None:
+    model = tiny_llama()
+    model.experts = nn.ModuleList(nn.Identity() for _ in range(3))
+    assert dissect(model).blocks is model.model.layers
 
 
 def test_a_list_of_another_length_is_no_trouble() -> None:

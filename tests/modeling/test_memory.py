@@ -241,12 +241,28 @@ def test_a_system_without_groups_is_no_trouble(groups: Path) -> None:
     assert free_bytes() > 0
 
 
-def test_a_limit_on_data_is_kept_to() -> None:
+def test_files_that_will_be_mapped_count_only_against_a_limited_address_space() -> None:
+    code = """if True:
+        import resource
+        from modeling.memory import free_bytes
+        before = free_bytes(mapped=1 << 60)
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32))
+        less = free_bytes() - free_bytes(mapped=1 << 20)
+        print(before > 0, free_bytes(mapped=1 << 60), less >> 20)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "0", "1"]
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_DATA", "RLIMIT_AS"])  # the second: ulimit -v
+def test_a_limit_of_its_own_is_kept_to(limit: str) -> None:
     """A process that takes what it was told is free gets it, and fails when it takes more."""
     code = """if True:
         import mmap, resource
         from modeling.memory import free_bytes
-        resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
+        resource.setrlimit(resource.WHICH, (1 << 30, 1 << 30))
         free = free_bytes()
         assert (1 << 30) - (300 << 20) < free < 1 << 30, free
         part = mmap.mmap(-1, free // 2, flags=mmap.MAP_PRIVATE)
@@ -257,7 +273,7 @@ def test_a_limit_on_data_is_kept_to() -> None:
             mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE)
         except OSError:
             print(free_bytes() >> 20)
-    """
+    """.replace("WHICH", limit)
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

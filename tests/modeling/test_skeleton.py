@@ -1,7 +1,10 @@
 """Skeletons: nothing in them but what is computed; filled, they are what from_pretrained makes."""
 
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from modeling.skeleton import OUTSIDE, CannotStream, Skeleton, build_skeleton
 from modeling.teacher import open_teacher
 from modeling.weights import map_tensors
 from tests.causal_lms import tiny_model
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_mamba
+from tests.tiny import REPOSITORY, tiny_gpt2, tiny_llama, tiny_mamba
 
 FAMILIES = {
     "llama": tiny_llama,
@@ -213,6 +216,34 @@ def test_a_checkpoint_of_another_size_is_refused(size: dict, tmp_path: Path) -> 
     saved(tiny_llama(), tmp_path)
     with pytest.raises(BadCheckpoint, match=f"{tmp_path}.*of another model"):
         skeleton_of(tiny_llama(**size), tmp_path, torch.float32)
+
+
+def test_a_large_models_configuration_beside_a_small_checkpoint_takes_no_memory(
+    tmp_path: Path,
+) -> None:
+    """transformers would make room for all that is missing, and draw numbers for it: 1 GiB here."""
+    saved(tiny_llama(), tmp_path)
+    code = """if True:
+        import sys, torch
+        from pathlib import Path
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from modeling.checkpoint import BadCheckpoint, read_checkpoint
+        from modeling.skeleton import build_skeleton
+        from stages.process import peak_memory_bytes
+        config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=8)
+        before = peak_memory_bytes()
+        try:
+            build_skeleton(
+                LlamaForCausalLM, config, read_checkpoint(Path(sys.argv[1])), torch.bfloat16
+            )
+        except BadCheckpoint as error:
+            print(peak_memory_bytes() - before >> 20, error)
+    """
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    grown_mib, said = done.stdout.split(" ", 1)
+    assert int(grown_mib) < 50 and "of another model" in said
 
 
 def test_tensors_that_the_model_has_no_use_for_are_ignored(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from tests.modeling.passages import (
     streaming,
 )
 
-FAMILIES = ["llama", "gpt2", "mamba", "mixtral", "gemma2"]
-SHARING = ["gemma4_text", "deepseek_v4", "zaya", "hrm_text", "gemma3", "gpt_neo", "hy_v4"]
+FAMILIES = ["llama", "gpt2", "mamba", "mixtral", "gemma2", "gemma3"]
+SHARING = ["gemma4_text", "deepseek_v4", "zaya", "hrm_text", "gpt_neo", "hy_v4"]
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

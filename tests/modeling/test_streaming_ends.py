@@ -1,6 +1,8 @@
 """Streaming that ends before its end: whose fault it was is said, and nothing stays behind."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from modeling.streaming import NotFinite, Passage
 from modeling.weights import Resident
 from tests.causal_lms import tiny_model
 from tests.modeling.passages import assert_same, batches_of, exhaust, finish, saved, streaming
+from tests.tiny import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +66,52 @@ def test_a_file_that_is_cut_while_batches_pass_is_refused(tmp_path: Path) -> Non
     model = saved("llama", tmp_path)
     place = read_checkpoint(tmp_path).tensors["model.layers.3.mlp.up_proj.weight"]
     with streaming(model, tmp_path, batches_of(model, [(1, 5)])) as passage:
-        with pytest.raises(BadCheckpoint, match=f"{place.file} ends at byte"):
+        with pytest.raises(BadCheckpoint, match=f"{place.file} has .* it was cut"):
             for _ in passage.run():
                 os.truncate(place.file, place.offset)
+
+
+CUT = """
+import os, sys
+from pathlib import Path
+import torch
+from modeling.answers import logits_of, read_answers
+from modeling.checkpoint import BadCheckpoint
+from tests.causal_lms import tiny_inputs, tiny_model
+from tests.modeling.passages import exhaust, streaming
+folder, when = Path(sys.argv[1]), sys.argv[2]
+model = tiny_model("llama")
+model.save_pretrained(folder)
+file = folder / "model.safetensors"
+with torch.no_grad(), streaming(model, folder, [tiny_inputs(model, 1, 5, seed=0)]) as passage:
+    passage.weights.reader.get(0)
+    try:
+        if when == "before the embedding":
+            os.truncate(file, 0)
+        for arrival in passage.run():
+            if (arrival.block, when) == (1, "before a block"):
+                os.truncate(file, 0)
+        os.truncate(file, 0)
+        if when == "before the head":
+            list(read_answers(passage, 4))
+        logits_of(passage)(passage.forwards[0], torch.tensor([0]))
+    except BadCheckpoint as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    "when", ["before the embedding", "before a block", "before the head", "before all of the head"]
+)
+def test_a_file_that_is_cut_while_it_is_mapped_is_refused_rather_than_touched(
+    when: str, tmp_path: Path
+) -> None:
+    """Touched, it ends the process with SIGBUS: so this is one of its own."""
+    command = [sys.executable, "-c", CUT, str(tmp_path), when]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors has 0 bytes, and had" in done.stdout
 
 
 # --- afterwards ------------------------------------------------------------------------------

@@ -107,3 +107,10 @@ def test_a_state_that_cannot_be_saved_leaves_the_checkpoint_before_it(tmp_path: 
     assert newest_checkpoint(tmp_path) == (tmp_path / "step-00000001", [])
     save_checkpoint(Counter(), tmp_path, 2)  # what it left behind is not in the way
     assert newest_checkpoint(tmp_path) == (tmp_path / "step-00000002", [])
+
+
+def test_what_a_torn_checkpoint_left_takes_no_room_once_there_is_another(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001.part").mkdir()
+    (tmp_path / "step-00000001.part" / "count.txt").write_text("1")
+    save_checkpoint(Counter(), tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]

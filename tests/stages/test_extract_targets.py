@@ -119,3 +119,19 @@ def test_a_batch_of_more_rows_than_there_are_is_refused_before_anything_is_taugh
 ) -> None:
     with pytest.raises(ValueError, match="batch of 11 rows is more than the 10.*batch_rows"):
         next(targets.batches(11, 5, 0, 0))
+
+
+@pytest.mark.parametrize("wider", ["embed_tokens", "lm_head"])
+def test_ids_and_tokens_are_as_wide_as_the_wider_of_head_and_embedding(wider: str) -> None:
+    """Some models read tokens that they never answer with, as that of an image."""
+    model, tokens = teacher(), rows(2)
+    parent = model if wider == "lm_head" else model.model
+    weight = torch.randn(70_000, model.config.hidden_size, dtype=model.dtype)
+    getattr(parent, wider).weight = torch.nn.Parameter(weight, requires_grad=False)
+    kept = answers(model, tokens, subspaces_of(model, tokens))
+    assert (kept["tokens"].dtype, kept["ids"].dtype) == (torch.int32, torch.int32)
+    with torch.no_grad():
+        logits = model(tokens).logits
+    ids = kept["ids"][..., :1].long()
+    assert torch.equal(logits.gather(-1, ids), logits.amax(-1, keepdim=True))
+    assert wider != "lm_head" or ids.max() >= 1 << 16
