@@ -1,7 +1,8 @@
 """Distil: make a smaller student and teach it the teacher's next-token distribution.
 
 Steps:
-  1. drop the blocks of least ablation harm, behind the prefix that stays shared
+  1. drop the blocks of least ablation harm, behind the prefix that stays shared, and measure the
+     harm of the others again after each (search.py)
   2. close the gaps in closed form on calibration rows (student.py)
   3. train what lies behind the prefix on the stored targets (objective.py)
   4. controls, at the same budget: the student before step 3, and one trained on the text alone
@@ -28,6 +29,8 @@ class Params:
     """The section `distill` of params.yaml; comments and units stand there."""
 
     student: str
+    search_rows: int
+    search_width: int
     patch_rows: int
     patch_ridge: float
     steps: int
@@ -44,8 +47,10 @@ class Params:
 
     def __post_init__(self) -> None:
         require_at_least(
-            1, steps=self.steps, batch_rows=self.batch_rows, patch_rows=self.patch_rows
-        )
+            1, steps=self.steps, batch_rows=self.batch_rows, patch_rows=self.patch_rows,
+            search_rows=self.search_rows,
+        )  # fmt: skip
+        require_at_least(0, search_width=self.search_width)
         require_at_least(0, ce_weight=self.ce_weight, anchor_weight=self.anchor_weight)
         require_at_least(0, kd_weight=self.kd_weight, seed=self.seed)
         require_within(1e-8, 1.0, learning_rate=self.learning_rate, patch_ridge=self.patch_ridge)
@@ -65,7 +70,6 @@ def run(params: Params, job: Job) -> Metrics:
     from modeling.blocks import dissect
     from modeling.loading import locate, open_model, open_tokenizer
     from stages.distill.objective import Weights
-    from stages.distill.student import choose_blocks
     from stages.distill.training import Lesson, train
     from stages.formats.importance import read_importance, read_subspaces
     from stages.formats.targets import TeacherTargets
@@ -77,10 +81,11 @@ def run(params: Params, job: Job) -> Metrics:
     profile = job.inputs("profile")[teacher_name]
     importance = read_importance(profile)
     prefix = targets.header.prefix_blocks
-    dropped = choose_blocks(importance, lookup("students", params.student).drop_blocks, prefix)
+    harms = [block.harm for block in importance]
     location = locate(teacher_name)
     teacher, tokenizer = open_model(location), open_tokenizer(location)
     rows = torch.from_numpy(read_all_rows(job.input("prepare"), "calibration", params.seed))
+    dropped, order = choose_blocks(teacher, harms, prefix, rows, params, job)
     student, explained = build(teacher, dropped, rows[: params.patch_rows], params, job)
     save_student(student, tokenizer, job.output / "before_training")
 
@@ -89,7 +94,7 @@ def run(params: Params, job: Job) -> Metrics:
         subspaces=read_subspaces(profile),
         prefix=prefix,
         dropped=dropped,
-        harms=[block.harm for block in importance],
+        harms=harms,
         params=params,
     )
     full = Weights(params.kd_weight, params.ce_weight, params.anchor_weight, params.temperature)
@@ -101,7 +106,7 @@ def run(params: Params, job: Job) -> Metrics:
         train(student, lesson, Weights(0.0, 1.0, 0.0, 1.0), job, "text_only")
         save_student(student, tokenizer, job.output / "text_only")
 
-    facts = {"teacher": teacher_name, "dropped": dropped, "gap_explained": explained}
+    facts = {"teacher": teacher_name, "dropped": dropped, **order, "gap_explained": explained}
     (job.output / "student.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return {
         "blocks": len(dissect(student).blocks),
@@ -135,8 +140,22 @@ def check_among(sections: Mapping[str, Any]) -> None:
         check_targets(sections["distill"], samples, extract.anchor_depths)
 
 
+def choose_blocks(
+    teacher, harms: list[float], prefix: int, rows, params: Params, job: Job
+) -> tuple[list[int], dict[str, list]]:
+    """Step 1: the blocks to drop, by place; and in what order they went, with which harms."""
+    from stages.distill.search import Search, search_blocks
+
+    count = lookup("students", params.student).drop_blocks
+    search = job.resume(Search(harms, count, prefix), "search")
+    batches = rows[: params.search_rows].split(params.batch_rows)
+    for _ in search_blocks(teacher, batches, search, params.search_width):
+        job.step_done(search, len(search.dropped), count, "search", harm=search.harms[-1])
+    return sorted(search.dropped), {"order": search.dropped, "order_harms": search.harms}
+
+
 def build(teacher, dropped: list[int], rows, params: Params, job: Job) -> tuple:
-    """Steps 1 and 2: the student before training, and each gap's explained residual.
+    """Step 2: the student before training, and each gap's explained residual.
 
     Its weights are rounded to what is stored of them, so that the control is where training starts.
     """

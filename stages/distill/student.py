@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling.blocks import BlockCalls, capture_calls, dissect, drop_blocks, run_block
-from stages.formats.importance import BlockImportance
 
 
 @dataclass(frozen=True)
@@ -37,22 +36,6 @@ class Gap:
     def bridge(self) -> int:
         """The kept teacher block that is refitted to bridge the gap."""
         return self.first - 1
-
-
-def choose_blocks(importance: list[BlockImportance], count: int, prefix: int) -> list[int]:
-    """The `count` blocks of least ablation harm; the prefix and the block behind it always stay.
-
-    The block behind the prefix has to be there to be refitted. Raises ValueError when there are
-    not that many to choose from.
-    """
-    candidates = importance[prefix + 1 :]
-    if count > len(candidates):
-        raise ValueError(
-            f"{count} blocks are to be dropped, but only {len(candidates)} of {len(importance)} "
-            f"lie behind the shared prefix of {prefix}; lower extract.prefix_depth or take a "
-            "larger student"
-        )
-    return sorted(block.block for block in sorted(candidates, key=lambda b: b.harm)[:count])
 
 
 def find_gaps(dropped: list[int]) -> list[Gap]:

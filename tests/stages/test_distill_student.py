@@ -13,72 +13,16 @@ from modeling.blocks import dissect
 from stages.distill.student import (
     Gap,
     build_student,
-    choose_blocks,
     close_gaps,
     down_projection,
     find_gaps,
 )
-from stages.formats.importance import BlockImportance
 from tests.stages.lessons import block_outputs, rows
 from tests.stages.lessons import teacher as bfloat16_llama
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mamba
 
 RIDGE, BATCH_ROWS = 0.1, 3
 CALIBRATION = rows(8)
-
-
-def importance(*harms: float) -> list[BlockImportance]:
-    return [BlockImportance(n, harm, 0.0, 1.0, 0.5, 1, 1, 1) for n, harm in enumerate(harms)]
-
-
-# --- choosing --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prefix", [0, 2, 4])
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_prefix_and_the_block_behind_it_stay_however_little_they_do(
-    prefix: int, count: int
-) -> None:
-    harms = [0.0] * (prefix + 1) + [5.0] * (8 - prefix - 1)
-    dropped = choose_blocks(importance(*harms), count, prefix)
-    assert len(dropped) == count and min(dropped) > prefix
-
-
-def test_blocks_go_in_the_order_of_their_harm_and_are_named_in_the_order_of_their_place() -> None:
-    found = importance(0.1, 0.2, 0.9, 0.7, 0.3, 0.8, 0.6)
-    assert choose_blocks(found, 1, 1) == [4]
-    assert choose_blocks(found, 2, 1) == [4, 6]
-    assert choose_blocks(found, 3, 1) == [3, 4, 6]
-
-
-def test_of_equal_blocks_the_same_ones_go_each_time() -> None:
-    found = importance(*[0.5] * 8)
-    assert choose_blocks(found, 3, 1) == choose_blocks(found, 3, 1) == [2, 3, 4]
-
-
-@pytest.mark.parametrize("prefix", [0, 3, 6, 7])
-def test_all_that_may_go_can_go_and_one_more_is_refused(prefix: int) -> None:
-    found, most = importance(*[0.5] * 8), 8 - prefix - 1
-    assert len(choose_blocks(found, most, prefix)) == most
-    with pytest.raises(ValueError, match=f"only {most} of 8.*prefix of {prefix}.*lower extract"):
-        choose_blocks(found, most + 1, prefix)
-
-
-@pytest.mark.parametrize(
-    ("dropped", "gaps"),
-    [
-        ([], []),
-        ([3], [(3, 3)]),
-        ([3, 4, 5], [(3, 5)]),
-        ([3, 5], [(3, 3), (5, 5)]),
-        ([12, 13, 14, 17, 25, 26], [(12, 14), (17, 17), (25, 26)]),
-    ],
-)
-def test_neighbours_make_one_gap(dropped: list[int], gaps: list[tuple[int, int]]) -> None:
-    found = find_gaps(dropped)
-    assert found == [Gap(*gap) for gap in gaps]
-    assert [gap.bridge for gap in found] == [first - 1 for first, _ in gaps]
-    assert not {gap.bridge for gap in found} & set(dropped)
 
 
 # --- closing ---------------------------------------------------------------------------------
