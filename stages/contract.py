@@ -70,6 +70,8 @@ class Job:
         self.folder = root / "scratch" / self.node / self.fingerprint[:16]
         self.output = self.folder / "output"
         self.output.mkdir(parents=True, exist_ok=True)
+        for torn in self.output.rglob(".tmp*"):  # safetensors' own, of a write that was killed
+            torn.unlink()
         self.folder.touch()
         self._forget_older_work()
         self.progress = Progress(self.folder / "metrics.jsonl", self.node)

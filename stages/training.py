@@ -20,6 +20,7 @@ class TrainState:
         self, parameters: Iterable[tuple[str, nn.Parameter]], learning_rate: float, steps: int
     ) -> None:
         self.step = 0
+        self.scale = 1.0  # of the learning rate; less after a loss has run away
         self.steps = steps
         self.learning_rate = learning_rate
         self._live = dict(parameters)
@@ -50,18 +51,26 @@ class TrainState:
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient is {norm} at step {self.step + 1}; lower the learning rate "
-                f"(now {self.learning_rate})"
+                f"(now {self.learning_rate * self.scale:g})"
             )
         for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate * schedule(self.step, self.steps, warmup)
+            rate = self.learning_rate * self.scale
+            group["lr"] = rate * schedule(self.step, self.steps, warmup)
         self._optimizer.step()
         self.step += 1
         self._copy_to_live()
         return norm
 
+    def pass_over(self) -> None:
+        """Count a step that changes nothing, and forget its gradients."""
+        for parameter in self._live.values():
+            parameter.grad = None
+        self.step += 1
+
     def save(self, folder: Path) -> None:
         """Write masters, both moments and the step as safetensors."""
-        tensors: dict[str, Tensor] = {"step": torch.tensor(self.step)}
+        scale = torch.tensor(self.scale, dtype=torch.float64)
+        tensors: dict[str, Tensor] = {"step": torch.tensor(self.step), "scale": scale}
         for name, master in self._masters.items():
             tensors[f"master.{name}"] = master.data
             for key, value in self._optimizer.state.get(master, {}).items():
@@ -71,7 +80,7 @@ class TrainState:
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote, to the bit."""
         tensors = load_file(folder / "train.safetensors")
-        self.step = int(tensors["step"])
+        self.step, self.scale = int(tensors["step"]), float(tensors["scale"])
         for name, master in self._masters.items():
             master.data.copy_(tensors[f"master.{name}"])
             state = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}

@@ -16,7 +16,7 @@ writes   student/, before_training/, text_only/: stock transformers folders; stu
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from registry.catalog import lookup
@@ -42,6 +42,10 @@ class Params:
     kd_weight: float
     ce_weight: float
     anchor_weight: float
+    validation_rows: int
+    validate_every: int
+    spike: float
+    regression: float
     text_only_control: bool
     seed: int
 
@@ -51,6 +55,10 @@ class Params:
             search_rows=self.search_rows,
         )  # fmt: skip
         require_at_least(0, search_width=self.search_width)
+        require_at_least(1, validation_rows=self.validation_rows)
+        require_at_least(1, validate_every=self.validate_every)
+        require_within(1.1, 1e6, spike=self.spike)
+        require_within(0.0, 1e6, regression=self.regression)
         require_at_least(0, ce_weight=self.ce_weight, anchor_weight=self.anchor_weight)
         require_at_least(0, kd_weight=self.kd_weight, seed=self.seed)
         require_within(1e-8, 1.0, learning_rate=self.learning_rate, patch_ridge=self.patch_ridge)
@@ -99,18 +107,21 @@ def run(params: Params, job: Job) -> Metrics:
     )
     full = Weights(params.kd_weight, params.ce_weight, params.anchor_weight, params.temperature)
     untrained = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    train(student, lesson, full, job, "student")
+    rollbacks = {"student": train(student, lesson, full, job, "student")}
     save_student(student, tokenizer, job.output / "student")
     if params.text_only_control:
         student.load_state_dict(untrained)
-        train(student, lesson, Weights(0.0, 1.0, 0.0, 1.0), job, "text_only")
+        alone = Weights(0.0, 1.0, 0.0, 1.0)
+        rollbacks["text_only"] = train(student, lesson, alone, job, "text_only")
         save_student(student, tokenizer, job.output / "text_only")
 
     facts = {"teacher": teacher_name, "dropped": dropped, **order, "gap_explained": explained}
+    facts["rollbacks"] = {phase: [asdict(back) for back in of] for phase, of in rollbacks.items()}
     (job.output / "student.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return {
         "blocks": len(dissect(student).blocks),
         "blocks_dropped": len(dropped),
+        "rollbacks": sum(map(len, rollbacks.values())),
         "parameters": sum(p.numel() for p in student.parameters()),
         "parameters_of_teacher": sum(p.numel() for p in teacher.parameters()),
         "gap_explained": sum(explained) / len(explained),

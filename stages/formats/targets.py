@@ -168,20 +168,28 @@ class TeacherTargets:
         part = slice(int(ends[row - 1]) if row else 0, int(ends[row]))
         return tensors["ids"][part].long(), tensors["counts"][part].long()
 
-    def batches(self, rows: int, steps: int, seed: int, start: int) -> Iterator[Batch]:
-        """Give batches `start` to `steps` of a shuffled, endless pass over all rows.
+    def first(self, count: int, rows: int) -> Iterator[Batch]:
+        """Give the first `count` rows, in batches: those that `batches` can keep out."""
+        for picks in torch.arange(min(count, self.header.rows)).split(rows):
+            yield self.rows(picks)
 
+    def batches(
+        self, rows: int, steps: int, seed: int, start: int, reserved: int = 0
+    ) -> Iterator[Batch]:
+        """Give batches `start` to `steps` of a shuffled, endless pass over all rows but the first.
+
+        reserved: how many of these are kept out.
         What batch n holds follows from n and the seed alone: an interrupted pass goes on exactly.
         """
-        per_epoch = self.header.rows // rows
-        if per_epoch == 0:
+        per_epoch = (self.header.rows - reserved) // rows
+        if per_epoch <= 0:
             raise ValueError(
-                f"a batch of {rows} rows is more than the {self.header.rows} rows extracted; "
-                "lower distill.batch_rows or raise prepare.train_rows"
+                f"a batch of {rows} rows is more than the {self.header.rows} rows extracted, less "
+                f"{reserved} for validation; lower distill.batch_rows or raise prepare.train_rows"
             )
         for step in range(start, steps):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step // per_epoch)
-            order = torch.randperm(self.header.rows, generator=generator)
+            order = reserved + torch.randperm(self.header.rows - reserved, generator=generator)
             first = step % per_epoch * rows
             yield self.rows(order[first : first + rows])
 

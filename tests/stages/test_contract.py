@@ -162,6 +162,18 @@ def test_publication_is_all_or_nothing(
     }  # fmt: skip
 
 
+def test_what_a_killed_write_left_is_cleared_away_before_more_is_written(project: Project) -> None:
+    """safetensors writes to .tmpXXXXXX and renames it; a kill between leaves that behind."""
+    job = project.job()
+    torn = job.output / "deeper" / ".tmpvtLQGe"
+    torn.parent.mkdir()
+    torn.write_bytes(b"half")
+    kept = torn.with_name("shard.safetensors")
+    kept.write_bytes(b"whole")
+    project.job()
+    assert not torn.exists() and kept.exists()
+
+
 def test_what_was_complete_is_published_again_with_no_step(
     project: Project, undisturbed: Project
 ) -> None:

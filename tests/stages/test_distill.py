@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,15 @@ from safetensors.torch import load_file
 
 from modeling.blocks import dissect
 from modeling.loading import open_model
-from stages.distill.objective import Weights
+from stages.distill.objective import Loss, Objective, Weights
 from stages.distill.stage import Params, only_teacher
 from stages.distill.student import build_student, close_gaps, find_gaps
 from stages.distill.training import Lesson, train
 from stages.formats.importance import read_subspaces
-from stages.formats.targets import TeacherTargets
+from stages.formats.targets import Batch, TeacherTargets
 from stages.formats.tokens import read_all_rows
 from stages.process import Stopped
+from stages.recovery import RunAway
 from tests.stages.lessons import PREFIX, rows, subspaces_of, teacher, write_targets
 from tests.stages.project import Project, make_project
 from tests.stages.tiny_dag import HARMS, PARAMS, TEACHER, StopAt, TinyDag, make_tiny_dag
@@ -129,17 +132,18 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights_and_moments(
     last = "checkpoints/student/step-00000007/train.safetensors"
     one, other = (load_file(found.work()[-1] / last) for found in (calm, stopped))
     assert same(one, other)
-    assert {name.split(".")[0] for name in one} == {"step", "master", "exp_avg", "exp_avg_sq"}
+    parts = {"step", "scale", "master", "exp_avg", "exp_avg_sq"}
+    assert {name.split(".")[0] for name in one} == parts
     assert any(name.startswith("exp_avg_sq.maps.") for name in one)  # the anchors' maps as well
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_and_names_the_step(
+def test_a_student_that_is_not_finite_is_refused_before_any_step(
     targets: TeacherTargets, project: Project
 ) -> None:
     student = build_student(teacher(), DROPPED)
     dissect(student).blocks[3].mlp.up_proj.weight.data[0, 0] = torch.inf
     before = weights_of(student)
-    with pytest.raises(FloatingPointError, match="step 1; lower the learning rate .now 0.003"):
+    with pytest.raises(RunAway, match="before any training.*not finite"):
         train(student, lesson(targets), FULL, project.job(), "student")
     assert same(weights_of(student), before)
     assert project.curve() == []
@@ -260,3 +264,29 @@ def test_no_anchor_or_none_with_a_counterpart_is_no_obstacle(
     lines = [json.loads(line) for line in next(curve).read_text(encoding="utf-8").splitlines()]
     taught = [line["anchor"] for line in lines if line["phase"] in ("student", "text_only")]
     assert taught == [0.0] * 12
+
+
+# --- recovery --------------------------------------------------------------------------------
+
+
+def test_a_batch_that_runs_away_is_passed_over_and_the_reason_is_published(
+    targets: TeacherTargets, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = build_student(teacher(), DROPPED)
+    calls = 0
+    whole = Objective.__call__
+
+    def poisoned(self: Objective, batch: Batch) -> Loss:
+        nonlocal calls
+        loss = whole(self, batch)
+        calls += 1
+        return replace(loss, total=loss.total * math.nan) if calls == 9 else loss
+
+    monkeypatch.setattr(Objective, "__call__", poisoned)
+    job = project.job()
+    (back,) = train(student, lesson(targets, steps=12, validate_every=4), FULL, job, "student")
+    assert "nan" in back.reason and back.to_step in (0, 4) and back.step > back.to_step
+    assert all(torch.isfinite(tensor).all() for tensor in student.state_dict().values())
+    lines = (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 12  # no step is repeated
+    assert [json.loads(line)["rollbacks"] for line in lines if "rollbacks" in line] == [1]

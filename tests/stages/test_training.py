@@ -187,7 +187,7 @@ def test_everything_that_a_step_changes_is_saved(tmp_path: Path) -> None:
     state = state_of(parameters)
     steps(state, parameters, 2)
     parts = {f"{part}.{n}" for part in ("master", "exp_avg", "exp_avg_sq", "step") for n in live()}
-    assert saved(state, tmp_path).keys() == parts | {"step"}
+    assert saved(state, tmp_path).keys() == parts | {"step", "scale"}
 
 
 def test_loading_again_and_again_is_loading_once(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ PARAMS = {
         "student": "pruned-27", "search_rows": 2, "search_width": 0,
         "patch_rows": 6, "patch_ridge": 0.1, "steps": 6, "batch_rows": 3,
         "learning_rate": 3e-3, "warmup": 0.1, "clip": 1.0, "temperature": 1.0, "kd_weight": 1.0,
-        "ce_weight": 0.2, "anchor_weight": 0.5, "text_only_control": True, "seed": 0,
+        "ce_weight": 0.2, "anchor_weight": 0.5, "validation_rows": 2, "validate_every": 3,
+        "spike": 3.0, "regression": 0.25, "text_only_control": True, "seed": 0,
     },
 }  # fmt: skip
 
