@@ -26,6 +26,7 @@ from urllib.error import URLError
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
@@ -180,10 +181,12 @@ def prefect_server(root: Path, schedules: bool = False) -> Iterator[None]:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    address = f"http://127.0.0.1:{port}/api"
+    os.environ["PREFECT_API_URL"] = address  # for processes that are started from here
     try:
         _wait_for(process, port, log)
-        yield
+        with temporary_settings({PREFECT_API_URL: address}):  # Prefect read its own at its import
+            yield
     finally:
         del os.environ["PREFECT_API_URL"]
         process.kill()  # it holds nothing that a flow run still needs

@@ -79,6 +79,17 @@ def most_at_once(marks: list[str]) -> int:
 # --- order and parallel branches -------------------------------------------------------------
 
 
+def test_runs_are_told_to_the_server_that_was_started(server: ModuleType, project: Project) -> None:
+    run(server, project)
+    request = urllib.request.Request(
+        f"{os.environ['PREFECT_API_URL']}/flow_runs/count",
+        b"{}",
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        assert json.load(answer) >= 1
+
+
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_each_stage_runs_behind_its_inputs_and_never_more_than_allowed(
     server: ModuleType, fresh: Project, parallel: int
