@@ -168,20 +168,25 @@ class TeacherTargets:
         part = slice(int(ends[row - 1]) if row else 0, int(ends[row]))
         return tensors["ids"][part].long(), tensors["counts"][part].long()
 
-    def batches(self, rows: int, steps: int, seed: int, start: int) -> Iterator[Batch]:
+    def batches(
+        self, rows: int, steps: int, seed: int, start: int, held_back: int = 0
+    ) -> Iterator[Batch]:
         """Give batches `start` to `steps` of a shuffled, endless pass over all rows.
 
         What batch n holds follows from n and the seed alone: an interrupted pass goes on exactly.
+        held_back: of the last rows, which are never given, so that they can be measured on.
         """
-        per_epoch = self.header.rows // rows
-        if per_epoch == 0:
+        there = self.header.rows - held_back
+        per_epoch = there // rows
+        if per_epoch <= 0:
+            back = f" less {held_back} held back" if held_back else ""
             raise ValueError(
-                f"a batch of {rows} rows is more than the {self.header.rows} rows extracted; "
+                f"a batch of {rows} rows is more than the {self.header.rows} rows extracted{back}; "
                 "lower distill.batch_rows or raise prepare.train_rows"
             )
         for step in range(start, steps):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step // per_epoch)
-            order = torch.randperm(self.header.rows, generator=generator)
+            order = torch.randperm(there, generator=generator)
             first = step % per_epoch * rows
             yield self.rows(order[first : first + rows])
 
