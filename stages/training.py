@@ -12,12 +12,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from modeling.protection import Bases, project
+
 
 class TrainState:
-    """Trainable parameters with their float32 masters, AdamW (Loshchilov 2019) and a step count."""
+    """Trainable parameters with their float32 masters, AdamW (Loshchilov 2019) and a step count.
+
+    bases: protected subspaces of layers' inputs, for parameters named LAYER.weight. Their gradients
+    are projected, and then their steps too, since Adam's division by element turns them back.
+    """
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], learning_rate: float, steps: int
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        learning_rate: float,
+        steps: int,
+        bases: Bases | None = None,
     ) -> None:
         self.step = 0
         self.scale = 1.0  # of the learning rate; less after a loss has run away
@@ -29,6 +39,11 @@ class TrainState:
         self._masters = {
             name: nn.Parameter(parameter.detach().float().clone())
             for name, parameter in self._live.items()
+        }
+        self._bases = {
+            name: basis
+            for layer, basis in (bases or {}).items()
+            if (name := f"{layer}.weight") in self._masters
         }
         self._optimizer = torch.optim.AdamW(
             self._masters.values(),
@@ -47,6 +62,8 @@ class TrainState:
         for name, parameter in self._live.items():
             self._masters[name].grad = parameter.grad.float()
             parameter.grad = None
+        for name, basis in self._bases.items():
+            self._masters[name].grad = project(self._masters[name].grad, basis)
         norm = nn.utils.clip_grad_norm_(self._masters.values(), clip).item()
         if not math.isfinite(norm):
             raise FloatingPointError(
@@ -56,7 +73,11 @@ class TrainState:
         for group in self._optimizer.param_groups:
             rate = self.learning_rate * self.scale
             group["lr"] = rate * schedule(self.step, self.steps, warmup)
+        before = {name: self._masters[name].detach().clone() for name in self._bases}
         self._optimizer.step()
+        for name, master in self._masters.items():
+            if name in before:
+                master.data = before[name] + project(master.data - before[name], self._bases[name])
         self.step += 1
         self._copy_to_live()
         return norm

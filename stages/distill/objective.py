@@ -10,7 +10,8 @@ is an error relative to the subspace's own variance; w_l are the blocks' ablatio
 P_l is a learned D x D map, started at the identity and thrown away afterwards.
 
 The prefix, the blocks that student and teacher share, is read from the targets: it is neither
-computed nor trained. Without one, the student embeds the tokens itself; the embedding is shared.
+computed nor trained. Where a batch has none, as of a teacher that the student was not cut from, the
+student embeds the tokens and runs its own prefix.
 """
 
 from dataclasses import dataclass
@@ -135,6 +136,10 @@ class Objective:
             self._calls = capture_calls(self.student, batch.tokens)
         hidden = self._calls.hidden if batch.prefix is None else batch.prefix
         hidden, states = hidden.to(self.student.dtype), {}
+        if batch.prefix is None:
+            with torch.no_grad():
+                for index in range(self.prefix):
+                    hidden = run_block(self.anatomy.blocks[index], self._calls, index, hidden)
         for index in range(self.prefix, len(self.anatomy.blocks)):
             hidden = run_block(self.anatomy.blocks[index], self._calls, index, hidden)
             states[index] = hidden
@@ -142,7 +147,7 @@ class Objective:
 
     def _anchor_loss(self, batch: Batch, states: dict[int, Tensor]) -> Tensor:
         total = torch.zeros(())
-        if self.weights.anchor == 0:
+        if self.weights.anchor == 0 or not batch.anchors:
             return total
         for anchor in self.anchors:
             mapped = self.maps(anchor.block, states[anchor.student_block])

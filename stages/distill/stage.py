@@ -4,13 +4,15 @@ Steps:
   1. drop the blocks of least ablation harm, behind the prefix that stays shared, and measure the
      harm of the others again after each (search.py)
   2. close the gaps in closed form on calibration rows (student.py)
-  3. train what lies behind the prefix on the stored targets (objective.py)
+  3. train what lies behind the prefix on the stored targets (objective.py); of several teachers
+     in sequence, protected or not, or mixed, with the retention matrix (several.py)
   4. controls, at the same budget: the student before step 3, and one trained on the text alone
 
 reads    prepare   calibration rows
          profile   ablation harm, subspaces
          extract   teacher targets
 writes   student/, before_training/, text_only/: stock transformers folders; student.json
+         retention.png, retention.txt: with several teachers
 """
 
 import copy
@@ -21,7 +23,9 @@ from typing import Any
 
 from registry.catalog import lookup
 from stages.contract import Job, Metrics, Stage
-from stages.params import require_at_least, require_within
+from stages.params import require_at_least, require_one_of, require_within
+
+SCHEDULES = ("mixed", "sequence")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,13 @@ class Params:
     spike: float
     regression: float
     text_only_control: bool
+    schedule: str
+    teacher_order: tuple[str, ...]
+    teacher_weights: tuple[float, ...]
+    protect: bool
+    protect_share: float
+    protect_rows: int
+    retention_rows: int
     seed: int
 
     def __post_init__(self) -> None:
@@ -65,6 +76,11 @@ class Params:
         require_within(0.0, 0.5, warmup=self.warmup)
         require_within(0.1, 20.0, temperature=self.temperature)
         require_within(1e-3, 1e3, clip=self.clip)
+        require_one_of(SCHEDULES, schedule=self.schedule)
+        require_within(0.5, 1.0, protect_share=self.protect_share)
+        require_at_least(1, protect_rows=self.protect_rows, retention_rows=self.retention_rows)
+        for weight in self.teacher_weights:
+            require_within(1e-6, 1e6, teacher_weights=weight)
         if self.kd_weight == self.ce_weight == 0:
             raise ValueError("'kd_weight' and 'ce_weight' are both 0; one of them must teach")
         if lookup("students", self.student).construction != "pruned":
@@ -78,14 +94,13 @@ def run(params: Params, job: Job) -> Metrics:
     from modeling.blocks import dissect
     from modeling.loading import locate, open_model, open_tokenizer
     from stages.distill.objective import Weights
+    from stages.distill.several import Course, teach
     from stages.distill.training import Lesson, train
     from stages.formats.importance import read_importance, read_subspaces
-    from stages.formats.targets import TeacherTargets
     from stages.formats.tokens import read_all_rows
 
-    teacher_name, targets_folder = only_teacher(job.inputs("extract"))
-    targets = TeacherTargets(targets_folder)
-    check_targets(params, targets.header.samples, targets.header.anchors)
+    opened = open_targets(params, job)
+    teacher_name, targets = next(iter(opened.items()))
     profile = job.inputs("profile")[teacher_name]
     importance = read_importance(profile)
     prefix = targets.header.prefix_blocks
@@ -97,26 +112,25 @@ def run(params: Params, job: Job) -> Metrics:
     student, explained = build(teacher, dropped, rows[: params.patch_rows], params, job)
     save_student(student, tokenizer, job.output / "before_training")
 
-    lesson = Lesson(
-        targets=targets,
-        subspaces=read_subspaces(profile),
-        prefix=prefix,
-        dropped=dropped,
-        harms=harms,
-        params=params,
-    )
+    held_back = params.retention_rows if len(opened) > 1 else 0
+    subspaces = read_subspaces(profile)
+    lesson = Lesson(targets, subspaces, prefix, dropped, harms, params, held_back)
+    course = Course.of(lesson, opened)
     full = Weights(params.kd_weight, params.ce_weight, params.anchor_weight, params.temperature)
     untrained = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    rollbacks = {"student": train(student, lesson, full, job, "student")}
+    retention, rollbacks = teach(student, course, full, job)
     save_student(student, tokenizer, job.output / "student")
     if params.text_only_control:
         student.load_state_dict(untrained)
         alone = Weights(0.0, 1.0, 0.0, 1.0)
-        rollbacks["text_only"] = train(student, lesson, alone, job, "text_only")
+        rollbacks["text_only"] = train(student, course.text, alone, job, "text_only")
         save_student(student, tokenizer, job.output / "text_only")
 
     facts = {"teacher": teacher_name, "dropped": dropped, **order, "gap_explained": explained}
     facts["rollbacks"] = {phase: [asdict(back) for back in of] for phase, of in rollbacks.items()}
+    if retention:
+        facts["teachers"] = list(opened)
+        show_retention(retention, job)
     (job.output / "student.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return {
         "blocks": len(dissect(student).blocks),
@@ -125,7 +139,8 @@ def run(params: Params, job: Job) -> Metrics:
         "parameters": sum(p.numel() for p in student.parameters()),
         "parameters_of_teacher": sum(p.numel() for p in teacher.parameters()),
         "gap_explained": sum(explained) / len(explained),
-        "tokens_trained": params.steps * params.batch_rows * targets.header.row_tokens,
+        "tokens_trained": course.text.params.steps * params.batch_rows * targets.header.row_tokens,
+        **(retention.metrics() if retention else {}),
     }
 
 
@@ -183,14 +198,47 @@ def build(teacher, dropped: list[int], rows, params: Params, job: Job) -> tuple:
     return student, explained
 
 
-def only_teacher(folders: dict) -> tuple:
-    """The one teacher there is; several at once are for a later version, and said so."""
-    if len(folders) != 1:
+def open_targets(params: Params, job: Job) -> dict:
+    """The targets of each teacher, in the order in which they teach; refuses those that cannot."""
+    from stages.formats.targets import TeacherTargets
+
+    folders = job.inputs("extract")
+    order = order_teachers(params, list(folders))
+    opened = {name: TeacherTargets(folders[name]) for name in order}
+    anchors = opened[order[0]].header.anchors  # the others' are not used
+    for targets in opened.values():
+        check_targets(params, targets.header.samples, anchors)
+    return opened
+
+
+def order_teachers(params: Params, names: list[str]) -> list[str]:
+    """The teachers in the order in which they teach, the one that the student is cut from first.
+
+    Raises ValueError, naming what is there, for an order or weights that are not one a teacher.
+    """
+    order = list(params.teacher_order) or names
+    if sorted(order) != sorted(names):
         raise ValueError(
-            f"distill learns from one teacher so far; there are targets of {', '.join(folders)}. "
-            "Choose one: ./run_pipeline.sh --models NAME"
+            f"'teacher_order' is {', '.join(order)}, but there are targets of {', '.join(names)}; "
+            "set distill.teacher_order to these, in the order you want, or to []"
         )
-    return next(iter(folders.items()))
+    if len(params.teacher_weights) not in (0, len(names)):
+        raise ValueError(
+            f"'teacher_weights' has {len(params.teacher_weights)} weights for {len(names)} "
+            f"teachers ({', '.join(order)}); give one each, in this order, or []"
+        )
+    return order
+
+
+def show_retention(retention, job: Job) -> None:
+    """Write the retention matrix as a picture and as text, and print it."""
+    from stages.distill.retention import draw_retention
+
+    draw_retention(retention, "what is left of each skill", job.output / "retention.png")
+    (job.output / "retention.txt").write_text(retention.table() + "\n", encoding="utf-8")
+    job.show("retention.png")
+    for line in retention.table().splitlines():
+        job.say(line)
 
 
 def save_student(student, tokenizer, folder) -> None:

@@ -174,22 +174,25 @@ class TeacherTargets:
             yield self.rows(picks)
 
     def batches(
-        self, rows: int, steps: int, seed: int, start: int, reserved: int = 0
+        self, rows: int, steps: int, seed: int, start: int, reserved: int = 0, held_back: int = 0
     ) -> Iterator[Batch]:
-        """Give batches `start` to `steps` of a shuffled, endless pass over all rows but the first.
+        """Give batches `start` to `steps` of a shuffled, endless pass over all rows.
 
-        reserved: how many of these are kept out.
         What batch n holds follows from n and the seed alone: an interrupted pass goes on exactly.
+        reserved, held_back: of the first and of the last rows, which are never given, so that they
+        can be measured on.
         """
-        per_epoch = (self.header.rows - reserved) // rows
+        there = self.header.rows - reserved - held_back
+        per_epoch = there // rows
         if per_epoch <= 0:
+            kept = f" less {reserved + held_back} kept out" if reserved + held_back else ""
             raise ValueError(
-                f"a batch of {rows} rows is more than the {self.header.rows} rows extracted, less "
-                f"{reserved} for validation; lower distill.batch_rows or raise prepare.train_rows"
+                f"a batch of {rows} rows is more than the {self.header.rows} rows extracted{kept}; "
+                "lower distill.batch_rows or raise prepare.train_rows"
             )
         for step in range(start, steps):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step // per_epoch)
-            order = reserved + torch.randperm(self.header.rows - reserved, generator=generator)
+            order = reserved + torch.randperm(there, generator=generator)
             first = step % per_epoch * rows
             yield self.rows(order[first : first + rows])
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from modeling.blocks import dissect
 from modeling.loading import open_model
 from stages.distill.objective import Loss, Objective, Weights
-from stages.distill.stage import Params, only_teacher
+from stages.distill.stage import Params, order_teachers
 from stages.distill.student import build_student, close_gaps, find_gaps
 from stages.distill.training import Lesson, train
 from stages.formats.importance import read_subspaces
@@ -165,6 +165,11 @@ def test_a_student_that_is_not_finite_is_refused_before_any_step(
         ({"steps": 0}, "'steps' is 0"),
         ({"learning_rate": float("nan")}, "'learning_rate' is nan"),
         ({"kd_weight": float("nan")}, "'kd_weight' is nan"),
+        ({"schedule": "random"}, "'schedule' is 'random'"),
+        ({"protect_share": 1.5}, "'protect_share' is 1.5"),
+        ({"protect_rows": 0}, "'protect_rows' is 0"),
+        ({"retention_rows": 0}, "'retention_rows' is 0"),
+        ({"teacher_weights": (1.0, -1.0)}, "'teacher_weights' is -1.0"),
     ],
 )
 def test_contradictions_are_refused(changed: dict, message: str) -> None:
@@ -173,10 +178,13 @@ def test_contradictions_are_refused(changed: dict, message: str) -> None:
         params(**changed)
 
 
-def test_two_teachers_are_refused_by_name(tmp_path: Path) -> None:
-    assert only_teacher({"ada": tmp_path}) == ("ada", tmp_path)
-    with pytest.raises(ValueError, match="one teacher so far.*ada, ben.*--models NAME"):
-        only_teacher({"ada": tmp_path, "ben": tmp_path})
+def test_teachers_teach_in_the_order_asked_for_and_no_other_is_taken() -> None:
+    assert order_teachers(params(), ["ada", "ben"]) == ["ada", "ben"]
+    assert order_teachers(params(teacher_order=("ben", "ada")), ["ada", "ben"]) == ["ben", "ada"]
+    with pytest.raises(ValueError, match="'teacher_order' is ben, but.*targets of ada, ben"):
+        order_teachers(params(teacher_order=("ben",)), ["ada", "ben"])
+    with pytest.raises(ValueError, match="1 weights for 2 teachers .ada, ben."):
+        order_teachers(params(teacher_weights=(1.0,)), ["ada", "ben"])
 
 
 # --- the stage -------------------------------------------------------------------------------

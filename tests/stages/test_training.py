@@ -199,3 +199,38 @@ def test_loading_again_and_again_is_loading_once(tmp_path: Path) -> None:
     for _ in range(2):
         state.load(tmp_path)
     assert same(saved(state, tmp_path / "again"), kept)
+
+
+# --- protection ------------------------------------------------------------------------------
+
+
+def test_protected_inputs_get_the_same_answers_after_steps_of_adam() -> None:
+    """Adam divides by element, which turns a projected gradient back: the step is projected too."""
+    parameters = live(torch.float32)
+    basis = torch.linalg.qr(torch.randn(6, 2, generator=torch.Generator().manual_seed(1)))[0]
+    before = {name: parameter.detach().clone() for name, parameter in live(torch.float32).items()}
+    named = {"a.weight": parameters["a"], "b.c": parameters["b.c"]}
+    state = TrainState(named.items(), RATE, STEPS, {"a": basis, "elsewhere": torch.eye(3)})
+    steps(state, parameters, STEPS)
+    moved = parameters["a"].detach() - before["a"]
+    assert moved.norm() > RATE
+    torch.testing.assert_close(moved @ basis, torch.zeros(4, 2), atol=1e-6, rtol=0)
+    assert not torch.equal(parameters["b.c"], before["b.c"])
+
+
+def test_a_protected_state_goes_on_to_the_bit(tmp_path: Path) -> None:
+    basis = torch.eye(6)[:, :3]
+    results = []
+    for stop in (None, 4):
+        parameters = live()
+        named = {"a.weight": parameters["a"], "b.c": parameters["b.c"]}
+        state = TrainState(named.items(), RATE, STEPS, {"a": basis})
+        if stop:
+            steps(state, parameters, stop)
+            (tmp_path / "at").mkdir()
+            state.save(tmp_path / "at")
+            state = TrainState(named.items(), RATE, STEPS, {"a": basis})
+            state.load(tmp_path / "at")
+        steps(state, parameters, STEPS - (stop or 0))
+        results.append(saved(state, tmp_path / str(stop)))
+    assert same(*results)
