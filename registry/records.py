@@ -212,8 +212,8 @@ class Benchmark:
 class Tier:
     """What a user's machine may spend on a group of capabilities.
 
-    memory_gb: accelerator memory, in units of 10^9 bytes.  max_rank: of an adapter in this tier, and
-    of what one of its teachers may have protected of a layer's inputs.
+    memory_gb: accelerator memory, in units of 10^9 bytes.  max_rank: of an adapter in this tier,
+    and of what one of its teachers may have protected of a layer's inputs.
     """
 
     name: str
