@@ -15,6 +15,7 @@ dropped spaces) is refused and never misplaced.
 Not covered: tokenizers without a fast form, WordPiece and byte-less Unigram (both lose bytes).
 """
 
+import codecs
 import json
 import os
 import re
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END = b"\xff"  # what the end of a text stands for
+INSIDE = 0.5  # of a byte: where no token of another tokenizer can end
 SPACE = "▁"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -105,6 +107,47 @@ def encode(
             f"became {joined[at : at + 12]!r} at byte {at}, so it cannot be aligned with another"
         )
     return ids, ends
+
+
+def encode_bytes(
+    tokenizer: "PreTrainedTokenizerBase", vocabulary: Vocabulary, row: bytes
+) -> tuple[list[int], np.ndarray]:
+    """Encode documents with END between them, and the byte of the row at which each token ends.
+
+    A character that the row's start or end cuts is left out: the ids begin up to 3 bytes late and
+    end as early. Where the tokenizer puts a space before a document, what follows the END before it
+    is not the row's next byte: so that END has no place to compare, half a byte early. Raises
+    ValueError as `encode`, and UnicodeDecodeError for bytes that are no text.
+    """
+    late = next(n for n in range(4) if n == 3 or not _continues(row[n:]))
+    early = next(n for n in range(4) if n == 3 or _is_whole(row[late : len(row) - n]))
+    ids: list[int] = []
+    ends: list[np.ndarray] = []
+    at = late
+    for number, document in enumerate(row[late : len(row) - early].split(END)):
+        if number:
+            ids.append(tokenizer.eos_token_id)
+            at += len(END)
+            ends.append(np.array([at]))
+        members, places = encode(tokenizer, vocabulary, document.decode())
+        if number and members and places[0] < len(vocabulary.tokens[members[0]]):
+            ends[-1] = np.array([at - INSIDE])
+        ids += members
+        ends.append(places + at)
+        at += len(document)
+    return ids, np.concatenate(ends)
+
+
+def _continues(piece: bytes) -> bool:
+    """Whether a piece begins inside a character."""
+    return bool(piece) and piece[0] & 0xC0 == 0x80
+
+
+def _is_whole(piece: bytes) -> bool:
+    """Whether a piece does not end inside a character."""
+    last = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    last.decode(piece)
+    return not last.getstate()[0]
 
 
 def _reader_of(decoder: dict | None, name: str) -> Callable[[str], bytes]:

@@ -11,7 +11,7 @@ from modeling.alignment import (
     find_candidates,
     find_spans,
 )
-from modeling.token_bytes import Vocabulary, encode, vocabulary_of
+from modeling.token_bytes import END, Vocabulary, encode, encode_bytes, vocabulary_of
 from tests.modeling.vocabularies import (
     CORPUS,
     all_texts,
@@ -230,3 +230,21 @@ def test_of_a_token_without_bytes_the_last_counts() -> None:
 def test_rows_of_two_texts_are_refused() -> None:
     with pytest.raises(ValueError, match="5 bytes and the teacher's 6"):
         find_spans(np.array([2, 5]), np.array([2, 6]))
+
+
+@pytest.mark.parametrize("teacher_is", ["byte-level", "byte-fallback"])
+def test_spans_of_rows_of_documents_are_of_the_same_bytes(teacher_is: str) -> None:
+    """A space that one tokenizer puts before a document is never taken for the document's."""
+    small, other = trained_bpe(330), trained_bpe(500, teacher_is == "byte-level")
+    student, teacher = vocabulary_of(small), vocabulary_of(other)
+    row = END.join(text.encode() for text in CORPUS[:3]) + END + b"and then" + END
+    s_ids, s_ends = encode_bytes(small, student, row)
+    t_ids, t_ends = encode_bytes(other, teacher, row)
+    spans = find_spans(s_ends, t_ends)
+    exact = 0
+    for n in range(len(spans.student) - 1):
+        mine = student.join(s_ids[spans.student[n] + 1 : spans.student[n + 1] + 1])
+        theirs = teacher.join(t_ids[spans.teacher[n] + 1 : spans.teacher[n + 1] + 1])
+        exact += mine == theirs
+        assert theirs in (mine, mine.replace(END, END + b" "))
+    assert exact > 25

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import decoders, normalizers
 
-from modeling.token_bytes import END, encode, vocabulary_of
+from modeling.token_bytes import END, encode, encode_bytes, vocabulary_of
 from tests.modeling.vocabularies import CORPUS, trained_bpe
 
 TEXTS = [*CORPUS[:3], "x = '🙃ß你'\t\t# never seen\r\n", " leading, and  double ", "e"]
@@ -85,3 +85,35 @@ def test_a_tokenizer_that_keeps_no_bytes_is_refused() -> None:
     tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
     with pytest.raises(ValueError, match="loses bytes"):
         vocabulary_of(tokenizer)
+
+
+# --- rows: documents with an end of text between them, cut anywhere ----------------------------
+
+
+def test_a_row_of_documents_is_encoded_one_by_one_with_ends_between(tokenizer) -> None:
+    vocabulary = vocabulary_of(tokenizer)
+    row = b"of it." + END + "naïve 🙂".encode() + END + END + b"the"
+    ids, ends = encode_bytes(tokenizer, vocabulary, row)
+    assert ends[-1] == len(row) and (np.diff(ends) >= 0).all()
+    places = [end for token, end in zip(ids, ends, strict=True) if token == tokenizer.eos_token_id]
+    assert np.ceil(places).tolist() == [n + 1 for n, value in enumerate(row) if value == END[0]]
+    whole = tokenizer("naïve 🙂", add_special_tokens=False)["input_ids"]
+    first = ids.index(tokenizer.eos_token_id) + 1
+    assert ids[first : first + len(whole)] == whole
+
+
+@pytest.mark.parametrize("start", range(5))
+@pytest.mark.parametrize("stop", range(5))
+def test_a_character_that_a_rows_edge_cuts_is_left_out(tokenizer, start: int, stop: int) -> None:
+    smile = "🙂".encode()
+    row = smile[start:] + b"the theory" + smile[:stop]
+    ids, ends = encode_bytes(tokenizer, vocabulary_of(tokenizer), row)
+    kept = row[int(start in (1, 2, 3)) * (4 - start) : len(row) - (stop if stop < 4 else 0)]
+    late = row.index(kept)
+    assert ends[-1] == late + len(kept) and late <= ends[0]
+    assert vocabulary_of(tokenizer).join(ids).strip() == kept
+
+
+def test_bytes_that_are_no_text_are_refused(tokenizer) -> None:
+    with pytest.raises(UnicodeDecodeError):
+        encode_bytes(tokenizer, vocabulary_of(tokenizer), b"the \xc3( theory")

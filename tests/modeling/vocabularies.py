@@ -62,6 +62,7 @@ def trained_bpe(size: int, byte_level: bool = True, texts: list[str] | None = No
         made.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         )
+        made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
         made.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         )
