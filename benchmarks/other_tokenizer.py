@@ -35,12 +35,14 @@ from modeling.aligned_rows import StudentRow, TeacherRow, align_rows
 from modeling.alignment import Candidates, find_candidates
 from modeling.answers import Answers
 from modeling.token_bytes import Vocabulary, encode_bytes, vocabulary_of
+from stages.formats.tokens import encode_probe
 from stages.prepare.clean import Document
 from stages.prepare.pack import pack_rows, split_documents
 from stages.prepare.sources import python_docs
 
 ROW_TOKENS, TOP_K, PROMPT_TOKENS = 128, 64, 16
 BATCH_ROWS, HELDOUT_ROWS = 8, 64
+RATE = 1e-2  # peak
 WAYS = {"text": (0.0, 1.0), "written": (0.0, 1.0), "aligned": (1.0, 0.0), "aligned+": (1.0, 0.5)}
 
 
@@ -76,6 +78,7 @@ def build(reader: Reader, width: int, blocks: int, seed: int) -> LlamaForCausalL
         num_attention_heads=width // 32, num_key_value_heads=width // 32,
         vocab_size=len(reader.vocabulary.tokens), max_position_embeddings=2 * ROW_TOKENS,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=reader.tokenizer.eos_token_id,
+        initializer_range=0.06,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -192,9 +195,9 @@ class Material:
 def train_teacher(documents: list[Document], reader: Reader, width: int, steps: int):
     """A teacher on rows of its own tokens."""
     began = time.process_time()
-    teacher = build(reader, width, 3, 0)
+    teacher = build(reader, width, 2, 0)
     own = torch.from_numpy(pack_rows(documents, reader.tokenizer, ROW_TOKENS, 0))
-    train(teacher, steps, 3e-3, (text_loss(teacher, own[p]) for p in order(len(own), steps, 0)))
+    train(teacher, steps, RATE, (text_loss(teacher, own[p]) for p in order(len(own), steps, 0)))
     print(f"teacher: {teacher.num_parameters():,} parameters, {time.process_time() - began:.0f} s")
     return teacher.eval().requires_grad_(False)
 
@@ -228,17 +231,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher-steps", type=int, default=700)
+    parser.add_argument("--teacher-steps", type=int, default=500)
     parser.add_argument("--teacher-width", type=int, default=128)
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--rows", type=int, default=800, help="that students learn from")
+    parser.add_argument("--rows", type=int, default=400, help="that students learn from")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     documents = [Document("docs", name, text) for name, text in python_docs(0)]
     splits = split_documents(documents, 0.1, 0.01, seed=0)
     texts = [document.text for document in splits["train"]]
-    big, small = train_reader(texts, 2048), train_reader(texts[::2], 1024)
+    big, small = train_reader(texts, 1536), train_reader(texts[::2], 768)
+    assert encode_probe(big.tokenizer) != encode_probe(small.tokenizer)
     teacher = train_teacher(splits["train"], big, options.teacher_width, options.teacher_steps)
     material = prepare(teacher, big, small, splits, options.rows)
     print("way        bits a byte              KL                       seconds")
@@ -246,7 +250,7 @@ def main() -> None:
         began, found = time.process_time(), []
         for seed in range(options.seeds):
             student = build(small, 64, 2, seed)
-            train(student, options.steps, 4e-3, material.losses(student, way, options.steps, seed))
+            train(student, options.steps, RATE, material.losses(student, way, options.steps, seed))
             found.append(measure(student, small, material.heldout, material.exam))
         seconds = (time.process_time() - began) / options.seeds
         columns = (f"{mean(c):.4f} ({min(c):.4f}-{max(c):.4f})" for c in zip(*found, strict=True))
