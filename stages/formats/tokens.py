@@ -45,8 +45,13 @@ def read_all_rows(folder: Path, split: str, seed: int) -> np.ndarray:
 
 def write_tokenizer(folder: Path, name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Note whose tokenizer made the rows, and how it encodes the probe."""
-    entry = {"name": name, "probe": tokenizer(PROBE)["input_ids"]}
+    entry = {"name": name, "probe": encode_probe(tokenizer)}
     (folder / "tokenizer.json").write_text(json.dumps(entry), encoding="utf-8")
+
+
+def encode_probe(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The probe's ids: two tokenizers that give the same are taken to be one."""
+    return tokenizer(PROBE)["input_ids"]
 
 
 def check_tokenizer(folder: Path, name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -55,7 +60,7 @@ def check_tokenizer(folder: Path, name: str, tokenizer: "PreTrainedTokenizerBase
     Told by encoding a probe, not by the size of the vocabulary. Raises ValueError.
     """
     entry = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    if tokenizer(PROBE)["input_ids"] != entry["probe"]:
+    if encode_probe(tokenizer) != entry["probe"]:
         raise ValueError(
             f"teacher '{name}' has another tokenizer than '{entry['name']}', which made the rows; "
             f"set prepare.tokenizer to {name}, or choose teachers of one tokenizer"
