@@ -14,7 +14,7 @@ writes   student/, before_training/, text_only/: stock transformers folders; stu
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def run(params: Params, job: Job) -> Metrics:
 
     teacher_name, targets_folder = only_teacher(job.inputs("extract"))
     targets = TeacherTargets(targets_folder)
-    check_targets(params, targets.header.samples, targets.header.anchors)
+    check_temperature(params, targets.header.samples)
     profile = job.inputs("profile")[teacher_name]
     importance = read_importance(profile)
     prefix = targets.header.prefix_blocks
@@ -113,18 +113,13 @@ def run(params: Params, job: Job) -> Metrics:
     }
 
 
-def check_targets(params: Params, samples: int, anchors: Sequence) -> None:
-    """Refuse to teach what the targets do not tell: their draws a position, their anchors."""
+def check_temperature(params: Params, samples: int) -> None:
+    """Refuse a temperature of which targets of so many draws a position tell nothing."""
     if samples and params.temperature != 1:
         raise ValueError(
             f"'temperature' is {params.temperature:g}, but sampled targets tell the teacher's "
             "distribution at temperature 1 only; set distill.temperature to 1, or "
             "extract.answers to top_k"
-        )
-    if params.anchor_weight and not anchors:
-        raise ValueError(
-            f"'anchor_weight' is {params.anchor_weight:g}, but the targets have no anchors; set "
-            "distill.anchor_weight to 0, or extract.anchor_depths to some depths"
         )
 
 
@@ -132,7 +127,7 @@ def check_among(sections: Mapping[str, Any]) -> None:
     """The same before anything runs, from all stages' parameters."""
     if extract := sections.get("extract"):
         samples = extract.samples if extract.answers == "sampled" else 0
-        check_targets(sections["distill"], samples, extract.anchor_depths)
+        check_temperature(sections["distill"], samples)
 
 
 def build(teacher, dropped: list[int], rows, params: Params, job: Job) -> tuple:
