@@ -17,7 +17,7 @@ writes   student/, before_training/, text_only/: stock transformers folders; stu
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -144,18 +144,13 @@ def run(params: Params, job: Job) -> Metrics:
     }
 
 
-def check_targets(params: Params, samples: int, anchors: Sequence) -> None:
-    """Refuse to teach what the targets do not tell: their draws a position, their anchors."""
+def check_temperature(params: Params, samples: int) -> None:
+    """Refuse a temperature of which targets of so many draws a position tell nothing."""
     if samples and params.temperature != 1:
         raise ValueError(
             f"'temperature' is {params.temperature:g}, but sampled targets tell the teacher's "
             "distribution at temperature 1 only; set distill.temperature to 1, or "
             "extract.answers to top_k"
-        )
-    if params.anchor_weight and not anchors:
-        raise ValueError(
-            f"'anchor_weight' is {params.anchor_weight:g}, but the targets have no anchors; set "
-            "distill.anchor_weight to 0, or extract.anchor_depths to some depths"
         )
 
 
@@ -163,7 +158,7 @@ def check_among(sections: Mapping[str, Any]) -> None:
     """The same before anything runs, from all stages' parameters."""
     if extract := sections.get("extract"):
         samples = extract.samples if extract.answers == "sampled" else 0
-        check_targets(sections["distill"], samples, extract.anchor_depths)
+        check_temperature(sections["distill"], samples)
 
 
 def choose_blocks(
@@ -205,9 +200,8 @@ def open_targets(params: Params, job: Job) -> dict:
     folders = job.inputs("extract")
     order = order_teachers(params, list(folders))
     opened = {name: TeacherTargets(folders[name]) for name in order}
-    anchors = opened[order[0]].header.anchors  # the others' are not used
     for targets in opened.values():
-        check_targets(params, targets.header.samples, anchors)
+        check_temperature(params, targets.header.samples)
     return opened
 
 
