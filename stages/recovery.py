@@ -31,10 +31,13 @@ class RunAway(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """From where on a loss is refused."""
+    """From where on a loss is refused, in units of the loss before training.
 
-    spike: float  # times the median of the last ones
-    regression: float  # share by which validation may be above its best
+    Not of the loss itself: that may come near zero, and below where it is estimated from draws.
+    """
+
+    spike: float  # above the median of the last ones
+    regression: float  # of validation, above its best
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Recovery:
         self.rollbacks: list[Rollback] = []
         self._folder = folder
         self._recent: list[float] = []
+        self._unit = math.inf  # the loss before training
         self._best_loss = math.inf
         self._best_step = -1  # none yet
         self._saved_best = -1  # of the checkpoint before
@@ -70,6 +74,7 @@ class Recovery:
                 f"before any training the loss on validation rows is {validation}: the weights "
                 "that it starts from, or the targets, hold numbers that are not finite"
             )
+        self._unit = abs(validation)
         self._keep(validation)
 
     def refuses(self, loss: float) -> str | None:
@@ -77,14 +82,14 @@ class Recovery:
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         usual = median(self._recent) if len(self._recent) >= ENOUGH else math.inf
-        if loss > self.limits.spike * usual:
-            return f"the loss is {loss:.3g}, {loss / usual:.1f} times the median of the last"
+        if loss > usual + self.limits.spike * self._unit:
+            return f"the loss is {loss:.3g}, the median of the last ones {usual:.3g}"
         self._recent = [*self._recent[1 - WINDOW :], loss]
         return None
 
     def validated(self, loss: float) -> str | None:
         """Take note of a validation; gives why the state must not be kept, else None."""
-        if not math.isfinite(loss) or loss > self._best_loss * (1 + self.limits.regression):
+        if not loss <= self._best_loss + self.limits.regression * self._unit:  # NaN is not
             return f"validation is {loss:.4g}, its best was {self._best_loss:.4g}"
         if loss < self._best_loss:
             self._keep(loss)
@@ -110,6 +115,7 @@ class Recovery:
         fields = {
             "rollbacks": [asdict(rollback) for rollback in self.rollbacks],
             "recent": self._recent,
+            "unit": self._unit,
             "best_loss": self._best_loss,
             "best_step": self._best_step,
         }
@@ -122,7 +128,7 @@ class Recovery:
         self.state.load(folder)
         fields = json.loads((folder / "recovery.json").read_text(encoding="utf-8"))
         self.rollbacks = [Rollback(**entry) for entry in fields["rollbacks"]]
-        self._recent = fields["recent"]
+        self._recent, self._unit = fields["recent"], fields["unit"]
         self._best_loss, self._best_step = fields["best_loss"], fields["best_step"]
         self._saved_best = self._best_step
 

@@ -68,7 +68,7 @@ class Params:
         require_at_least(0, search_width=self.search_width)
         require_at_least(1, validation_rows=self.validation_rows)
         require_at_least(1, validate_every=self.validate_every)
-        require_within(1.1, 1e6, spike=self.spike)
+        require_within(0.1, 1e6, spike=self.spike)
         require_within(0.0, 1e6, regression=self.regression)
         require_at_least(0, ce_weight=self.ce_weight, anchor_weight=self.anchor_weight)
         require_at_least(0, kd_weight=self.kd_weight, seed=self.seed)

@@ -35,11 +35,22 @@ def test_a_loss_that_is_not_finite_is_refused_at_once(tmp_path: Path, loss: floa
 
 def test_a_spike_is_far_above_what_was_usual_and_needs_enough_to_know_that(tmp_path: Path) -> None:
     recovery = started(tmp_path)
+    recovery.begin(2.0)
     for number in range(ENOUGH):
         assert recovery.refuses(100.0 if number == 3 else 1.0) is None
-    assert recovery.refuses(2.9) is None
-    assert "times the median" in recovery.refuses(3.1)
+    assert recovery.refuses(6.9) is None
+    assert "the median of the last ones 1" in recovery.refuses(7.1)  # 1 + 3 x 2
     assert recovery.refuses(1.0) is None  # what was refused is not usual
+
+
+def test_a_loss_that_comes_near_zero_and_below_is_no_reason(tmp_path: Path) -> None:
+    """As that of draws does, which is an estimate."""
+    recovery = started(tmp_path)
+    recovery.begin(0.5)
+    for number in range(60):
+        assert recovery.refuses(0.05 if number % 2 else -0.05) is None
+    assert recovery.validated(-0.02) is None
+    assert recovery.validated(0.02) is None
 
 
 def test_a_state_is_refused_when_validation_is_well_above_its_best(tmp_path: Path) -> None:
@@ -47,7 +58,7 @@ def test_a_state_is_refused_when_validation_is_well_above_its_best(tmp_path: Pat
     recovery.begin(2.0)
     assert recovery.validated(2.15) is None
     assert recovery.validated(1.0) is None
-    assert "its best was 1" in recovery.validated(1.11)
+    assert "its best was 1" in recovery.validated(1.21)
     assert recovery.validated(math.nan) is not None
 
 
