@@ -68,7 +68,20 @@ def verdicts(findings: Findings) -> list[str]:
             if control in findings.table:
                 other = findings.table[control][text]["kl"]
                 sentences.append(_compare(student["kl"], other, LABELS[control]))
+    sentences += _rollbacks(findings.facts["rollbacks"])
     return sentences
+
+
+def _rollbacks(by_phase: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """How often training was taken back, and why."""
+    if not any(by_phase.values()):
+        return ["Training never ran away."]
+    return [
+        f"Training ({LABELS.get(phase, phase)}) was taken back from step {back['step']} to "
+        f"{back['to_step']}: {back['reason']}."
+        for phase, rollbacks in by_phase.items()
+        for back in rollbacks
+    ]
 
 
 def _compare(own: Estimate, other: Estimate, name: str) -> str:

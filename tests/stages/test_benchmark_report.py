@@ -2,6 +2,7 @@
 
 import base64
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def findings(folder: Path, models: tuple[str, ...] = MODELS, teacher: str = "ada
         name: {key: value * n for key, value in SPEED.items()}
         for n, name in enumerate(models[:2], 1)
     }
-    facts = {"teacher": teacher, "dropped": [12, 13, 17]}
+    facts = {"teacher": teacher, "dropped": [12, 13, 17], "rollbacks": {"student": []}}
     return Findings(facts, table, speed, folder / "profile.png")
 
 
@@ -152,7 +153,7 @@ def test_the_plain_text_has_the_same_sentences(tmp_path: Path) -> None:
     text = (tmp_path / "test_report.md").read_text(encoding="utf-8")
     assert text == markdown(found)
     page = (tmp_path / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
-    assert len(verdicts(found)) == 3 * len(TEXTS)
+    assert len(verdicts(found)) == 3 * len(TEXTS) + 1
     for sentence in verdicts(found):
         assert f"- {sentence}\n" in text
         assert f"<li>{sentence}</li>" in page
@@ -200,6 +201,15 @@ def test_the_first_sentence_on_a_text_gives_ratio_and_agreement(tmp_path: Path) 
         "perplexity_ratio": Estimate(1.25, 1.125, 1.375), "agreement": Estimate(0.875, 0.8, 0.9),
     }  # fmt: skip
     sentences = verdicts(found)
-    assert [sentence.split()[1] for sentence in sentences] == list(TEXTS)
+    assert [sentence.split()[1] for sentence in sentences[:-1]] == list(TEXTS)
     assert "1.250 times" in sentences[1] and "1.125 to 1.375" in sentences[1]
     assert "87.5%" in sentences[1]
+
+
+def test_every_rollback_is_told_with_its_reason(tmp_path: Path) -> None:
+    calm = findings(tmp_path)
+    assert "Training never ran away." in verdicts(calm)
+    back = {"step": 41, "to_step": 40, "reason": "the loss is nan"}
+    told = replace(calm, facts={**calm.facts, "rollbacks": {"student": [back, back]}})
+    sentences = [s for s in verdicts(told) if "taken back" in s]
+    assert len(sentences) == 2 and "step 41 to 40: the loss is nan" in sentences[0]
