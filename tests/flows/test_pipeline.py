@@ -79,8 +79,8 @@ def most_at_once(marks: list[str]) -> int:
 # --- order and parallel branches -------------------------------------------------------------
 
 
-def test_runs_are_told_to_the_server_that_was_started(server: ModuleType, project: Project) -> None:
-    run(server, project)
+def test_runs_are_told_to_the_server_that_was_started(server: ModuleType, fresh: Project) -> None:
+    run(server, fresh)
     request = urllib.request.Request(
         f"{os.environ['PREFECT_API_URL']}/flow_runs/count",
         b"{}",
