@@ -71,7 +71,7 @@ def begin(root: Path, steps: int) -> None:
     params["profile"] |= {"ablation_rows": 4, "control_blocks": 1}
     params["extract"] |= {"anchor_depths": []}
     params["distill"] |= {
-        "steps": steps, "ce_weight": 0.0, "anchor_weight": 0.0, "text_only_control": False,
+        "steps": steps, "ce_weight": 0.0, "anchor_weight": 0.0, "controls": [],
         "patch_rows": 32,
     }  # fmt: skip
     set_params(root, params)

@@ -123,6 +123,15 @@ def run_block(block: nn.Module, calls: BlockCalls, index: int, hidden: Tensor) -
     return output[0] if isinstance(output, tuple) else output
 
 
+def block_outputs(model: PreTrainedModel, input_ids: Tensor) -> Iterator[Tensor]:
+    """What each block puts out for `input_ids` (B, T), in order: (B, T, D) each."""
+    calls = capture_calls(model, input_ids)
+    hidden = calls.hidden
+    for index, block in enumerate(dissect(model).blocks):
+        hidden = run_block(block, calls, index, hidden)
+        yield hidden
+
+
 def drop_blocks(model: PreTrainedModel, dropped: list[int]) -> None:
     """Take blocks out of a model, in place; what is left is a smaller model of the same class."""
     anatomy = dissect(model)

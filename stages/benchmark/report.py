@@ -2,7 +2,7 @@
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,14 @@ LABELS = {
     STUDENT: "student",
     "before_training": "student before training",
     "text_only": "control: trained on the text alone",
+    "without_anchors": "control: trained without anchors",
+    "without_text": "control: trained without the text",
+    "without_answers": "control: trained without the teacher's answers",
 }
-COLOURS = {STUDENT: "#4477aa", "before_training": "#bbbbbb", "text_only": "#ee7733"}
+COLOURS = {
+    STUDENT: "#4477aa", "before_training": "#bbbbbb", "text_only": "#ee7733",
+    "without_anchors": "#228833", "without_text": "#aa3377", "without_answers": "#ccbb44",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,17 +29,27 @@ class Findings:
     """Everything that a report says.
 
     facts: student.json.  table: model -> text -> measure -> Estimate.  speed: model -> numbers.
+    drift: model -> teacher block -> its drift (stages/drift.py); empty where the student has none
+    of the teacher's blocks.
     """
 
     facts: dict[str, Any]
     table: dict[str, dict[str, dict[str, Estimate]]]
     speed: dict[str, dict[str, float]]
     profile_picture: Path
+    drift: dict[str, dict[int, float]] = field(default_factory=dict)
 
     @property
     def texts(self) -> list[str]:
         """Names of the texts measured on; the first is what the student was trained for."""
         return list(self.table[TEACHER])
+
+    @property
+    def controls(self) -> list[str]:
+        """Models that are neither teacher nor student, in the order of LABELS."""
+        order = list(LABELS)
+        others = [name for name in self.table if name not in (TEACHER, STUDENT)]
+        return sorted(others, key=lambda n: order.index(n) if n in order else len(order))
 
 
 def write_reports(findings: Findings, folder: Path) -> None:
@@ -48,6 +64,7 @@ def write_reports(findings: Findings, folder: Path) -> None:
         verdicts=verdicts(findings),
         chart=_embedded(_draw_chart(findings)),
         profile=_embedded(findings.profile_picture.read_bytes()),
+        drift=_embedded(draw_drift(findings.drift)) if findings.drift else None,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     (folder / "test_report.md").write_text(markdown(findings), encoding="utf-8")
@@ -64,10 +81,9 @@ def verdicts(findings: Findings) -> list[str]:
             f"(95 % interval {ratio.low:.3f} to {ratio.high:.3f}); it names the teacher's first "
             f"choice for {agreement.value:.1%} of the tokens."
         )
-        for control in ("before_training", "text_only"):
-            if control in findings.table:
-                other = findings.table[control][text]["kl"]
-                sentences.append(_compare(student["kl"], other, LABELS[control]))
+        for control in findings.controls:
+            other = findings.table[control][text]["kl"]
+            sentences.append(_compare(student["kl"], other, LABELS.get(control, control)))
     sentences += _rollbacks(findings.facts["rollbacks"])
     return sentences
 
@@ -114,14 +130,28 @@ def markdown(findings: Findings) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw_drift(drift: dict[str, dict[int, float]]) -> bytes:
+    """How far each model's states are from the teacher's, by the teacher's blocks."""
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(11, 3.2), layout="constrained")
+    for name, blocks in drift.items():
+        axis.plot(
+            list(blocks), list(blocks.values()), "o-", markersize=4,
+            color=COLOURS.get(name), label=LABELS.get(name, name),
+        )  # fmt: skip
+    axis.set(xlabel="block of the teacher", ylim=(0, None))
+    axis.set_title(
+        "drift: 0 the teacher's states, 1 those of another token", fontsize=10, loc="left"
+    )
+    axis.legend(frameon=False, fontsize=9)
+    return _picture(figure)
+
+
 def _draw_chart(findings: Findings) -> bytes:
     """Perplexity ratio and KL of the student and its controls, by text, with intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     models = [name for name in findings.table if name != TEACHER]
+    width = 0.75 / len(models)
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     titles = {
         "perplexity_ratio": "perplexity / teacher's",
@@ -133,11 +163,11 @@ def _draw_chart(findings: Findings) -> bytes:
             estimates = [findings.table[name][text][measure] for text in findings.texts]
             values = [e.value for e in estimates]
             errors = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
-            places = [i + (offset - len(models) / 2 + 0.5) * 0.25 for i in range(len(values))]
+            places = [i + (offset - len(models) / 2 + 0.5) * width for i in range(len(values))]
             axis.bar(
                 places,
                 values,
-                0.24,
+                0.96 * width,
                 yerr=errors,
                 color=COLOURS.get(name),
                 label=LABELS.get(name, name),
@@ -148,9 +178,24 @@ def _draw_chart(findings: Findings) -> bytes:
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
     )
+    return _picture(figure)
+
+
+def _pyplot():
+    """matplotlib's plots, drawn to memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _picture(figure) -> bytes:
+    """A figure as PNG; it is closed."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    pyplot.close(figure)
+    _pyplot().close(figure)
     return buffer.getvalue()
 
 

@@ -3,8 +3,9 @@
 Steps:
   1. score teacher, student and controls on held-out text and on text of other kinds: perplexity,
      KL over the full vocabulary, top-1 agreement, each with a bootstrap interval over rows
-  2. size, speed and memory of teacher and student
-  3. write a report for people
+  2. drift: how far the states of each are from the teacher's, block by block
+  3. size, speed and memory of teacher and student
+  4. write a report for people
 
 reads    prepare   held-out and benchmark rows
          profile   the picture
@@ -29,16 +30,18 @@ class Params:
     batch_rows: int
     resamples: int
     speed_rounds: int
+    drift_rows: int
     seed: int
 
     def __post_init__(self) -> None:
         require_at_least(1, batch_rows=self.batch_rows, speed_rounds=self.speed_rounds)
+        require_at_least(1, drift_rows=self.drift_rows)
         require_at_least(100, resamples=self.resamples)
         require_at_least(0, seed=self.seed)
 
 
 def run(params: Params, job: Job) -> Metrics:
-    """Score, time, report; see the module's steps."""
+    """Score, compare states, time, report; see the module's steps."""
     from modeling.loading import locate, open_model
     from stages.benchmark.report import Findings, write_reports
     from stages.benchmark.scoring import TEACHER, compare
@@ -57,6 +60,9 @@ def run(params: Params, job: Job) -> Metrics:
         name: {text: compare(scores, name, text, params.resamples, params.seed) for text in texts}
         for name in models
     }
+    profile = job.inputs("profile")[facts["teacher"]]
+    sample = next(iter(texts.values()))[: params.drift_rows]
+    drift = measure_drift(models, facts["dropped"], profile, sample, params)
     pair = {name: models[name] for name in (TEACHER, STUDENT)}
     speed = time_models(pair, next(iter(texts.values()))[: params.batch_rows], params.speed_rounds)
     for name, place in ((TEACHER, Path(location.path)), (STUDENT, folders[STUDENT])):
@@ -64,9 +70,7 @@ def run(params: Params, job: Job) -> Metrics:
         if place.is_dir():
             speed[name]["weights_mib"] = weights_bytes(place) / 2**20
             speed[name]["peak_memory_gib"] = peak_memory_gib(place)
-    findings = Findings(
-        facts, table, speed, job.inputs("profile")[facts["teacher"]] / "profile.png"
-    )
+    findings = Findings(facts, table, speed, profile / "profile.png", drift)
     write_reports(findings, job.output)
     job.show("report.html")
     job.show("test_report.md")
@@ -75,7 +79,8 @@ def run(params: Params, job: Job) -> Metrics:
         n: {t: {m: asdict(e) for m, e in c.items()} for t, c in r.items()} for n, r in table.items()
     }
     (job.output / "scores.json").write_text(json.dumps(scored, indent=1), encoding="utf-8")
-    return flatten(table)
+    means = {f"{name}.drift": sum(of.values()) / len(of) for name, of in drift.items()}
+    return {**flatten(table), **means}
 
 
 def read_texts(prepared: Path) -> dict:
@@ -105,6 +110,33 @@ def score_all(models: dict, texts: dict, params: Params, job: Job):
         kl = scores.rows[f"{STUDENT}/{text}/kl"].mean().item()
         job.step_done(scores, scores.batches, len(work), student_kl=kl)
     return scores
+
+
+def measure_drift(
+    models: dict, dropped: list[int], profile: Path, rows, params: Params
+) -> dict[str, dict[int, float]]:
+    """The drift of each model from the teacher: model -> block of the teacher -> drift.
+
+    Empty for students that are not the teacher less some blocks: their states have other axes.
+    """
+    from stages.benchmark.scoring import TEACHER
+    from stages.drift import Site, counterparts, subspace_drift
+    from stages.formats.importance import read_subspaces
+
+    teacher, subspaces = models[TEACHER], read_subspaces(profile)
+    places = counterparts(range(len(subspaces.mean)), dropped)
+    sites = [Site(block, block, place) for block, place in places.items()]
+    return {
+        name: dict(
+            zip(
+                places,
+                subspace_drift(teacher, model, sites, subspaces, rows, params.batch_rows),
+                strict=True,
+            )
+        )
+        for name, model in models.items()
+        if name != TEACHER
+    }
 
 
 def flatten(table: dict) -> Metrics:

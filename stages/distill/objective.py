@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from modeling.blocks import BlockCalls, capture_calls, dissect, run_block
 from modeling.losses import head_loss
+from stages.drift import counterparts
 from stages.formats.importance import Subspaces
 from stages.formats.targets import Batch
 
@@ -70,19 +71,13 @@ class AnchorMaps(nn.Module):
 
 
 def place_anchors(blocks: tuple[int, ...], dropped: list[int], harms: list[float]) -> list[Anchor]:
-    """Find where the student has the output of each teacher anchor block.
+    """Find where the student has the output of each teacher anchor block, and how much it counts.
 
-    A kept block is in its new place; the end of a gap is the output of the bridge before it. A
-    bridge's own former output and what lay inside a gap have no counterpart and are left out.
+    Anchors without a counterpart are left out.
     """
-    placed = []
-    for block in blocks:
-        if block + 1 in dropped:
-            continue
-        earlier = sum(other <= block for other in dropped)
-        placed.append((block, block - earlier))
-    total = sum(harms[block] for block, _ in placed)
-    return [Anchor(block, position, harms[block] / total) for block, position in placed]
+    placed = counterparts(blocks, dropped)
+    total = sum(harms[block] for block in placed)
+    return [Anchor(block, place, harms[block] / total) for block, place in placed.items()]
 
 
 def trainable(

@@ -131,8 +131,8 @@ class Course:
         return cls(lessons, mixed)
 
     @property
-    def text(self) -> Lesson:
-        """For the control: the rows of all teachers, for as many steps as the student gets."""
+    def control(self) -> Lesson:
+        """For controls: the rows of all teachers, for as many steps as the student gets."""
         p = self.mixed.params
         steps = p.steps * (len(self.lessons) if p.schedule == SEQUENCE else 1)
         return replace(self.mixed, params=replace(p, steps=steps))

@@ -6,19 +6,21 @@ Steps:
   2. close the gaps in closed form on calibration rows (student.py)
   3. train what lies behind the prefix on the stored targets (objective.py); of several teachers
      in sequence, protected or not, or mixed, with the retention matrix (several.py)
-  4. controls, at the same budget: the student before step 3, and one trained on the text alone
+  4. controls: the student before step 3, and some trained at the same budget without a part of
+     the loss (CONTROLS)
 
 reads    prepare   calibration rows
          profile   ablation harm, subspaces
          extract   teacher targets
-writes   student/, before_training/, text_only/: stock transformers folders; student.json
+writes   student/, before_training/ and one of each control: stock transformers folders
+         student.json
          retention.png, retention.txt: with several teachers
 """
 
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from registry.catalog import lookup
@@ -26,6 +28,12 @@ from stages.contract import Job, Metrics, Stage
 from stages.params import require_at_least, require_one_of, require_within
 
 SCHEDULES = ("mixed", "sequence")
+CONTROLS = {  # what differs in a control's loss
+    "text_only": {"kd": 0.0, "ce": 1.0, "anchor": 0.0, "temperature": 1.0},
+    "without_anchors": {"anchor": 0.0},
+    "without_text": {"ce": 0.0},
+    "without_answers": {"kd": 0.0},
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Params:
     validate_every: int
     spike: float
     regression: float
-    text_only_control: bool
+    controls: tuple[str, ...]
     schedule: str
     teacher_order: tuple[str, ...]
     teacher_weights: tuple[float, ...]
@@ -83,12 +91,19 @@ class Params:
             require_within(1e-6, 1e6, teacher_weights=weight)
         if self.kd_weight == self.ce_weight == 0:
             raise ValueError("'kd_weight' and 'ce_weight' are both 0; one of them must teach")
+        check_controls(self.controls, self.losses)
         if lookup("students", self.student).construction != "pruned":
             raise ValueError(f"student '{self.student}' is a new network; only pruned ones so far")
 
+    @property
+    def losses(self) -> dict[str, float]:
+        """How much each term of the loss counts, and its temperature."""
+        weights = {"kd": self.kd_weight, "ce": self.ce_weight, "anchor": self.anchor_weight}
+        return {**weights, "temperature": self.temperature}
+
 
 def run(params: Params, job: Job) -> Metrics:
-    """Build, patch, train, and train the control; see the module's steps."""
+    """Build, patch, train, and train the controls; see the module's steps."""
     import torch
 
     from modeling.blocks import dissect
@@ -116,15 +131,15 @@ def run(params: Params, job: Job) -> Metrics:
     subspaces = read_subspaces(profile)
     lesson = Lesson(targets, subspaces, prefix, dropped, harms, params, held_back)
     course = Course.of(lesson, opened)
-    full = Weights(params.kd_weight, params.ce_weight, params.anchor_weight, params.temperature)
+    full = Weights(**params.losses)
     untrained = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     retention, rollbacks = teach(student, course, full, job)
     save_student(student, tokenizer, job.output / "student")
-    if params.text_only_control:
+    for name in params.controls:
         student.load_state_dict(untrained)
-        alone = Weights(0.0, 1.0, 0.0, 1.0)
-        rollbacks["text_only"] = train(student, course.text, alone, job, "text_only")
-        save_student(student, tokenizer, job.output / "text_only")
+        weights = replace(full, **CONTROLS[name])
+        rollbacks[name] = train(student, course.control, weights, job, name)
+        save_student(student, tokenizer, job.output / name)
 
     facts = {"teacher": teacher_name, "dropped": dropped, **order, "gap_explained": explained}
     facts["rollbacks"] = {phase: [asdict(back) for back in of] for phase, of in rollbacks.items()}
@@ -139,9 +154,25 @@ def run(params: Params, job: Job) -> Metrics:
         "parameters": sum(p.numel() for p in student.parameters()),
         "parameters_of_teacher": sum(p.numel() for p in teacher.parameters()),
         "gap_explained": sum(explained) / len(explained),
-        "tokens_trained": course.text.params.steps * params.batch_rows * targets.header.row_tokens,
+        "tokens_trained": course.control.params.steps
+        * params.batch_rows
+        * targets.header.row_tokens,
         **(retention.metrics() if retention else {}),
     }
+
+
+def check_controls(names: tuple[str, ...], losses: dict[str, float]) -> None:
+    """Refuse a control that is unknown, or no control: one that is trained on nothing, or as the
+    student is."""
+    for name in names:
+        require_one_of(tuple(CONTROLS), controls=name)
+        own = {**losses, **CONTROLS[name]}
+        if own == losses or own["kd"] == own["ce"] == 0:
+            what = "as the student is" if own == losses else "neither on answers nor on the text"
+            raise ValueError(
+                f"'controls' has {name}, which with these weights would be trained {what}; leave "
+                "it out of distill.controls"
+            )
 
 
 def check_temperature(params: Params, samples: int) -> None:

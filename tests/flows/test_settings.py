@@ -116,7 +116,7 @@ def test_a_change_applied_twice_is_as_applied_once(root: Path) -> None:
         ("distill.learning_rate=1e-4", 1e-4),  # the example in params.yaml itself
         ("distill.learning_rate=0.00001", 1e-5),
         ("distill.anchor_weight=0", 0),
-        ("distill.text_only_control=false", False),
+        ("distill.protect=false", False),
         ("distill.student=pruned-24", "pruned-24"),
         ("distill.student='no'", "no"),
         ("distill.student='12'", "12"),

@@ -28,7 +28,7 @@ from tests.stages.tiny_dag import StopAt
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mamba
 
 TOKENS = torch.arange(3 * 50).view(3, 50).mul(31).remainder(97)  # more than one chunk of logits
-PARAMS = Params(batch_rows=2, resamples=100, speed_rounds=1, seed=0)
+PARAMS = Params(batch_rows=2, resamples=100, speed_rounds=1, drift_rows=2, seed=0)
 
 
 def pruned(build: Callable, *dropped: int):

@@ -136,6 +136,13 @@ def test_there_may_be_fewer_controls_or_more(tmp_path: Path, models: tuple[str, 
         assert [row[0] for row in rows].count(LABELS.get(model, model)) == len(TEXTS)
 
 
+def test_drift_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
+    found = replace(findings(tmp_path), drift={"student": {0: 0.0, 3: 0.1}, "another": {0: 0.2}})
+    write_reports(found, tmp_path)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert len(page.pictures) == 3
+
+
 # --- both reports ----------------------------------------------------------------------------
 
 

@@ -254,12 +254,6 @@ def test_an_interrupted_stage_publishes_the_same_bytes(dag: TinyDag, at: tuple[s
     assert dag.published("distill") == expected
 
 
-def test_without_the_control_there_is_none(dag: TinyDag) -> None:
-    dag.set("distill", text_only_control=False)
-    dag.run("distill")
-    assert not (dag.root / "artifacts/distill/text_only").exists()
-
-
 @pytest.mark.parametrize("depths", [[], [0.875]])
 def test_no_anchor_or_none_with_a_counterpart_is_no_obstacle(dag: TinyDag, depths: list) -> None:
     dag.set("extract", anchor_depths=depths)  # 0.875: block 6, inside the gap of 5 to 7

@@ -192,7 +192,7 @@ def divergences(dag: TinyDag) -> list[float]:
 
 def test_a_student_learns_from_draws(dag: TinyDag) -> None:
     dag.run("extract")
-    dag.set("distill", steps=60, ce_weight=0.0, anchor_weight=0.0, text_only_control=False)
+    dag.set("distill", steps=60, ce_weight=0.0, anchor_weight=0.0, controls=[])
     dag.run("distill")
     kl = divergences(dag)
     assert sum(kl[-10:]) < 0.6 * sum(kl[:10])
@@ -200,7 +200,7 @@ def test_a_student_learns_from_draws(dag: TinyDag) -> None:
 
 def test_without_prefix_and_anchors_the_student_learns_as_with_them(dag: TinyDag) -> None:
     """It embeds the tokens itself; the loss begins where it begins with a stored prefix."""
-    dag.set("distill", anchor_weight=0.0, text_only_control=False, steps=3)
+    dag.set("distill", anchor_weight=0.0, controls=[], steps=3)
     first = {}
     for depth in (0.333, 0.0):
         dag.set("extract", prefix_depth=depth, anchor_depths=[])

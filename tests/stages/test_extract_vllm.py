@@ -64,7 +64,7 @@ def test_targets_are_vllms_answers_and_teach(dag: TinyDag, vllm: StandIn) -> Non
     torch.testing.assert_close(batch.targets.log_probs.flatten(0, 1), expected.log_probs, **close)
     torch.testing.assert_close(batch.targets.tail.flatten(), expected.tail, atol=1e-3, rtol=1e-2)
     assert metrics["top_k_mass"] == pytest.approx(1 - expected.tail.mean().item(), abs=1e-3)
-    dag.set("distill", anchor_weight=0.0, text_only_control=False, steps=2)
+    dag.set("distill", anchor_weight=0.0, controls=[], steps=2)
     assert dag.run("distill")["tokens_trained"] == 2 * 3 * 16
 
 
