@@ -3,8 +3,9 @@
 A ranking made on the whole teacher holds for one drop. Two blocks that do the same work are each
 dispensable, but not both; so after each drop the most dispensable of the others are measured again
 in the model that is left (greedy backward elimination; ShortGPT and Minitron rank once). Only
-`width` candidates are measured a drop, by their last known harm: it rises as others go, seldom
-falls, so what was far behind stays there (lazy evaluation, Minoux 1978).
+`width` candidates are measured a drop, those that added least harm when last measured, and the best
+of them goes: what a block adds rises as others go, seldom falls, so what was far behind stays there
+(lazy evaluation, Minoux 1978).
 
 Letters: N rows, T tokens a row, D hidden width, V vocabulary.
 """
@@ -26,8 +27,8 @@ CHUNK_TOKENS = 512  # positions whose logits are compared at a time
 class Search:
     """How far the search is: blocks dropped, in that order, and the harm that each added to.
 
-    known: block -> the harm (KL from the teacher in nats a token) of the model without it and
-    without those dropped before it was last measured.
+    known: block -> the harm (KL from the teacher in nats a token) that its drop added when it was
+    last measured: the profile's, of the block alone, until then.  harms: after each drop.
     """
 
     def __init__(self, harms: list[float], count: int, prefix: int) -> None:
@@ -51,10 +52,15 @@ class Search:
         """The blocks of least known harm, the least first."""
         return sorted(self.known, key=lambda block: (self.known[block], block))[:width]
 
+    @property
+    def harm(self) -> float:
+        """Of all blocks dropped so far."""
+        return self.harms[-1] if self.harms else 0.0
+
     def drop(self, block: int) -> None:
         """Take a block out."""
         self.dropped.append(block)
-        self.harms.append(self.known.pop(block))
+        self.harms.append(self.harm + self.known.pop(block))
 
     def save(self, folder: Path) -> None:
         """Write search.json."""
@@ -80,12 +86,13 @@ def search_blocks(
     """
     scenes = [Scene(teacher, batch) for batch in batches] if width else []
     while len(search.dropped) < search.count:
-        if search.dropped and width:  # the first drop's harms are those of the profile
+        candidates = search.candidates(width or 1)
+        if width:
             gone = set(search.dropped)
-            candidates = search.candidates(width)
             harms = torch.stack([scene.harms(gone, candidates) for scene in scenes]).mean(0)
-            search.known.update(zip(candidates, harms.tolist(), strict=True))
-        search.drop(search.candidates(1)[0])
+            added = (harms - search.harm).tolist()
+            search.known.update(zip(candidates, added, strict=True))
+        search.drop(min(candidates, key=search.known.__getitem__))
         yield search
 
 

@@ -77,6 +77,38 @@ def test_each_drop_is_the_least_harmful_of_all_that_are_left() -> None:
         assert search.harms[-1] == pytest.approx(others[last], rel=1e-4)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_only_a_block_that_was_just_measured_goes(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured when more blocks were there looks harmless beside what is measured now."""
+    model, tokens = teacher(8).float(), rows(4)
+    alone = [harm_without(model, tokens, {block}) for block in range(8)]
+    asked: list[tuple[set[int], list[int]]] = []
+    measure = Scene.harms
+
+    def watched(scene: Scene, gone: set[int], candidates: list[int]) -> Tensor:
+        asked.append((set(gone), list(candidates)))
+        return measure(scene, gone, candidates)
+
+    monkeypatch.setattr(Scene, "harms", watched)
+    search = Search(alone, 4, prefix=1)
+    list(search_blocks(model, [tokens], search, width))
+    for step, (gone, candidates) in enumerate(asked):
+        assert gone == set(search.dropped[:step]) and len(candidates) == width
+        best = min(candidates, key=lambda block: harm_without(model, tokens, gone | {block}))
+        assert search.dropped[step] == best
+    whole = harm_without(model, tokens, set(search.dropped))
+    assert search.harm == search.harms[-1] == pytest.approx(whole, rel=1e-4)
+
+
+def test_candidates_are_those_that_added_least_when_last_measured() -> None:
+    search = Search([9.0, 9.0, 0.5, 0.4, 0.3, 0.2], 3, prefix=1)
+    search.drop(5)
+    search.known[4] = 0.6  # measured again, beside the drop of 5
+    assert search.candidates(2) == [3, 2]
+
+
 def test_blocks_that_stand_in_for_each_other_do_not_both_go() -> None:
     """Blocks 2 and 3 are the same and half of a whole: each is dispensable, both are not."""
     model, tokens = teacher(6).float(), rows(4)
