@@ -69,7 +69,7 @@ def begin(root: Path, steps: int) -> None:
     params = yaml.safe_load((PROJECT / "presets" / "laptop.yaml").read_text(encoding="utf-8"))
     params["prepare"] |= {"train_rows": 2 * steps, "heldout_rows": 32}
     params["profile"] |= {"ablation_rows": 4, "control_blocks": 1}
-    params["extract"] |= {"anchor_depths": []}
+    params["extract"] |= {"anchors": 0}
     params["distill"] |= {
         "steps": steps, "ce_weight": 0.0, "anchor_weight": 0.0, "controls": [],
         "patch_rows": 32,

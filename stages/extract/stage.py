@@ -3,6 +3,7 @@
 Steps, for all training rows, block by block (modeling/streaming.py):
   1. keep the state behind the first blocks: a student that shares them reads it from here
   2. keep anchor blocks' outputs, only as whitened coordinates in their principal subspaces
+     (anchors.py says of which blocks)
   3. at the head, keep the most likely next tokens, their log-probabilities, and the others' mass;
      or tokens drawn from the whole distribution (modeling/samples.py)
 
@@ -33,7 +34,7 @@ class Params:
     top_k: int
     samples: int
     prefix_depth: float
-    anchor_depths: tuple[float, ...]
+    anchors: int
     batch_rows: int
     shard_rows: int
     engine: str
@@ -43,19 +44,15 @@ class Params:
         require_at_least(
             1, top_k=self.top_k, batch_rows=self.batch_rows, shard_rows=self.shard_rows
         )
-        require_at_least(0, seed=self.seed)
+        require_at_least(0, anchors=self.anchors, seed=self.seed)
         require_one_of((TOP_K, SAMPLED), answers=self.answers)
         require_within(1, MOST_SAMPLES, samples=self.samples)
         require_within(0.0, 0.9, prefix_depth=self.prefix_depth)
-        for depth in self.anchor_depths:
-            require_within(self.prefix_depth, 1.0, anchor_depths=depth)
         require_one_of((*ENGINES, VLLM), engine=self.engine)
-        if self.engine == VLLM and (
-            self.prefix_depth or self.anchor_depths or self.answers == SAMPLED
-        ):
+        if self.engine == VLLM and (self.prefix_depth or self.anchors or self.answers == SAMPLED):
             raise ValueError(
                 f"'engine' is '{VLLM}', which gives the most likely next tokens and nothing else; "
-                f"set 'prefix_depth' to 0.0, 'anchor_depths' to [] and 'answers' to {TOP_K}"
+                f"set 'prefix_depth' to 0.0, 'anchors' to 0 and 'answers' to {TOP_K}"
             )
         if self.shard_rows % self.batch_rows:
             raise ValueError(
@@ -88,9 +85,10 @@ def by_blocks(params: Params, location, rows, job: Job) -> tuple[int, tuple[int,
     """Steps 1 to 3 with the model's own forward; gives the prefix and the anchor blocks."""
     from modeling.samples import DRAW_BYTES
     from modeling.teacher import open_teacher
+    from stages.extract.anchors import choose_anchors
     from stages.extract.extraction import Extraction
     from stages.extract.harvest import Sampling, Wanted
-    from stages.formats.importance import read_subspaces, share_of_depth
+    from stages.formats.importance import read_importance, read_subspaces, share_of_depth
 
     batch_tokens = params.batch_rows * rows.shape[1]
     sampling = Sampling(params.samples, params.seed) if params.answers == SAMPLED else None
@@ -99,10 +97,10 @@ def by_blocks(params: Params, location, rows, job: Job) -> tuple[int, tuple[int,
     job.say(teacher.plan.sentence)
     blocks = len(teacher.blocks)
     prefix = share_of_depth(params.prefix_depth, blocks)
-    anchors = tuple(sorted({share_of_depth(d, blocks) - 1 for d in params.anchor_depths}))
-    vocabulary = teacher.model.get_output_embeddings().weight.shape[0]
-    check_fit(params, prefix, anchors, blocks, vocabulary)
-    subspaces = read_subspaces(job.input("profile"))
+    check_fit(params, prefix, blocks, teacher.model.get_output_embeddings().weight.shape[0])
+    profile = job.input("profile")
+    harms, subspaces = [b.harm for b in read_importance(profile)], read_subspaces(profile)
+    anchors = choose_anchors(harms, prefix, params.anchors)
     wanted = Wanted(params.top_k, prefix, anchors, subspaces, sampling)
     Extraction(teacher, rows, wanted, params.batch_rows, params.shard_rows, job).run()
     teacher.close()
@@ -118,7 +116,7 @@ def by_vllm(params: Params, location, rows, job: Job) -> tuple[int, tuple[int, .
 
     folder = weights_folder(location)
     vocabulary = read_config(folder).get_text_config().vocab_size
-    check_fit(params, 0, (), 1, vocabulary)
+    check_fit(params, 0, 1, vocabulary)
     teacher = open_vllm(folder, params.top_k, params.batch_rows, rows.shape[1])
     job.say("vllm: as asked (answers near to the other engines', not equal to the bit)")
     extract_answers(teacher.answers, rows.split(params.shard_rows), vocabulary, job)
@@ -138,15 +136,12 @@ def check_among(sections: Mapping[str, Any]) -> None:
     check_engine(sections["extract"])
 
 
-def check_fit(
-    params: Params, prefix: int, anchors: tuple[int, ...], blocks: int, vocabulary: int
-) -> None:
+def check_fit(params: Params, prefix: int, blocks: int, vocabulary: int) -> None:
     """Refuse parameters that this teacher's shape does not allow."""
-    first = min(anchors, default=blocks - 1)
-    if prefix > first:
+    if prefix >= blocks:
         raise ValueError(
-            f"'anchor_depths' names block {first} of {blocks}, in the prefix of {prefix}, which "
-            "no student computes; raise it or lower 'prefix_depth'"
+            f"'prefix_depth' is {params.prefix_depth:g}, which is all {blocks} blocks of this "
+            "teacher; nothing would be left to train: lower it"
         )
     if params.answers == TOP_K and params.top_k > vocabulary:
         raise ValueError(f"'top_k' is {params.top_k}; the teacher has {vocabulary} tokens")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import modeling.answers
+from stages.extract.anchors import choose_anchors
 from stages.extract.stage import Params
 from stages.formats.targets import TeacherTargets
 from stages.process import Stopped
@@ -131,7 +132,7 @@ def test_all_tokens_may_be_kept() -> None:
 
 GOOD = {
     "answers": "top_k", "top_k": 8, "samples": 8, "prefix_depth": 0.333,
-    "anchor_depths": (0.667, 1.0), "batch_rows": 2, "shard_rows": 4, "engine": "auto", "seed": 0,
+    "anchors": 2, "batch_rows": 2, "shard_rows": 4, "engine": "auto", "seed": 0,
 }  # fmt: skip
 
 
@@ -139,8 +140,7 @@ GOOD = {
     ("changed", "message"),
     [
         ({"shard_rows": 5}, "'shard_rows' .5. must be a multiple of 'batch_rows' .2."),
-        ({"anchor_depths": (0.2, 1.0)}, "'anchor_depths' is 0.2; it must lie between 0.333 and 1"),
-        ({"anchor_depths": (1.1,)}, "'anchor_depths' is 1.1"),
+        ({"anchors": -1}, "'anchors' is -1"),
         ({"prefix_depth": 1.0}, "'prefix_depth' is 1.0"),
         ({"top_k": 0}, "'top_k' is 0"),
         ({"samples": 0}, "'samples' is 0; it must lie between 1 and 65535"),
@@ -149,7 +149,7 @@ GOOD = {
         ({"engine": "fast"}, "'engine' is 'fast'; it must be one of auto, resident"),
         (
             {"engine": "vllm"},
-            "'engine' is 'vllm'.*'prefix_depth' to 0.0, 'anchor_depths' to .. and",
+            "'engine' is 'vllm'.*'prefix_depth' to 0.0, 'anchors' to 0 and",
         ),
     ],
 )
@@ -204,18 +204,26 @@ def test_an_interrupted_extraction_ends_with_the_same_bytes(
     assert dag.published("extract") == expected
 
 
-@pytest.mark.parametrize("depths", [[0.333, 1.0], [0.4, 1.0]])
-def test_an_anchor_that_falls_into_the_prefix_is_refused(dag: TinyDag, depths: list) -> None:
-    """The student does not compute these blocks, so it could not be held to them."""
-    dag.set("extract", anchor_depths=depths)  # of 8 blocks, block 2; the prefix is 0 to 2
-    with pytest.raises(ValueError, match="anchor_depths.*prefix"):
+def test_more_anchors_than_blocks_behind_the_prefix_are_refused(dag: TinyDag) -> None:
+    dag.set("extract", anchors=6)  # of 8 blocks 3 are the prefix
+    with pytest.raises(ValueError, match="'anchors' is 6.*only 5 lie behind the prefix of 3"):
         dag.run("extract")
+
+
+def test_anchors_end_equal_shares_of_the_harm_behind_the_prefix() -> None:
+    harms = [9.0, 9.0, 1.0, 1.0, 0.5, 1.5, 1.0, 1.0]
+    assert choose_anchors(harms, 2, 0) == ()
+    assert choose_anchors(harms, 2, 1) == (7,)
+    assert choose_anchors(harms, 2, 2) == (5, 7)
+    assert choose_anchors(harms, 2, 3) == (3, 5, 7)
+    assert choose_anchors(harms, 2, 6) == (2, 3, 5, 6, 7)  # block 5 ends two shares
+    assert choose_anchors([0.0] * 4, 1, 2) == (1, 3)  # nothing matters: any will do
 
 
 def test_a_prefix_of_all_blocks_is_refused(dag: TinyDag) -> None:
     """0.9 of few blocks rounds to all of them; nothing would be left to teach, nor be kept."""
     tiny_llama(blocks=4).bfloat16().save_pretrained(dag.teacher_folder)
-    dag.set("extract", prefix_depth=0.9, anchor_depths=[1.0])
+    dag.set("extract", prefix_depth=0.9, anchors=1)
     with pytest.raises(ValueError, match="prefix"):
         dag.run("extract")
 

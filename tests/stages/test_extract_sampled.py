@@ -203,7 +203,7 @@ def test_without_prefix_and_anchors_the_student_learns_as_with_them(dag: TinyDag
     dag.set("distill", anchor_weight=0.0, controls=[], steps=3)
     first = {}
     for depth in (0.333, 0.0):
-        dag.set("extract", prefix_depth=depth, anchor_depths=[])
+        dag.set("extract", prefix_depth=depth, anchors=0)
         dag.run("extract")
         dag.run("distill")
         first[depth] = divergences(dag)[0]

@@ -21,7 +21,7 @@ from tests.stages.tiny_dag import TEACHER, StopAt, TinyDag, make_tiny_dag
 @pytest.fixture
 def dag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyDag:
     dag = make_tiny_dag(tmp_path, monkeypatch)
-    dag.set("extract", engine="vllm", prefix_depth=0.0, anchor_depths=[])
+    dag.set("extract", engine="vllm", prefix_depth=0.0, anchors=0)
     return dag
 
 
@@ -43,9 +43,7 @@ def test_without_vllm_it_is_refused_before_anything_is_opened(
     assert dag.published("extract") == {}
 
 
-@pytest.mark.parametrize(
-    "changed", [{"prefix_depth": 0.3}, {"anchor_depths": [1.0]}, {"answers": "sampled"}]
-)
+@pytest.mark.parametrize("changed", [{"prefix_depth": 0.3}, {"anchors": 1}, {"answers": "sampled"}])
 def test_what_vllm_cannot_give_is_refused_by_name(dag: TinyDag, vllm: StandIn, changed) -> None:
     dag.set("extract", **changed)
     with pytest.raises(ValueError, match="'engine' is 'vllm', which gives the most likely next"):

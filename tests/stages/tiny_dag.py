@@ -31,7 +31,7 @@ HARMS = (9.0, 8.0, 7.0, 6.0, 3.0, 0.2, 0.3, 0.4)  # 5, 6 and 7 go when three do
 PARAMS = {
     "extract": {
         "answers": "top_k", "top_k": 16, "samples": 20, "prefix_depth": 0.333,
-        "anchor_depths": [0.5, 0.625, 1.0], "batch_rows": 2, "shard_rows": 4,
+        "anchors": 3, "batch_rows": 2, "shard_rows": 4,
         "engine": "resident", "seed": 0,
     },
     "distill": {
