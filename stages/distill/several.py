@@ -172,6 +172,21 @@ def teach(
     return Retention(tuple(course.lessons), tuple(columns), losses), rollbacks
 
 
+def check_vocabulary(head_rows: int, opened: dict[str, TeacherTargets]) -> None:
+    """Refuse a teacher that answers with tokens that the student's head does not have.
+
+    One tokenizer may come with larger heads, of tokens that were added to it. What counts is the
+    ids that are stored: a head that is larger only by padding is no hindrance. Raises ValueError.
+    """
+    for name, targets in opened.items():
+        if (largest := targets.largest_id()) >= head_rows:
+            raise ValueError(
+                f"the targets of {name} hold token id {largest}, but the student's head has ids "
+                f"0 to {head_rows - 1} only; set distill.teacher_order to start with a teacher "
+                f"that has these tokens, as {name}, or leave {name} out of the teachers"
+            )
+
+
 @torch.no_grad()
 def protect(student: PreTrainedModel, lesson: Lesson, name: str, bases: Bases) -> Bases:
     """Bases extended by the inputs that the student has on a teacher's rows.

@@ -12,7 +12,14 @@ from modeling import protection
 from modeling.blocks import dissect
 from stages.digests import write_manifest
 from stages.distill.objective import Weights
-from stages.distill.several import Course, bare_objective, held_out, protect, same_rows, teach
+from stages.distill.several import (
+    Course,
+    bare_objective,
+    held_out,
+    protect,
+    same_rows,
+    teach,
+)
 from stages.distill.stage import Params
 from stages.distill.student import build_student
 from stages.distill.training import Lesson, train
