@@ -55,6 +55,7 @@ class Params:
     teacher_order: tuple[str, ...]
     teacher_weights: tuple[float, ...]
     protect: bool
+    replay_share: float
     protect_share: float
     protect_rows: int
     retention_rows: int
@@ -77,7 +78,8 @@ class Params:
         require_within(0.1, 20.0, temperature=self.temperature)
         require_within(1e-3, 1e3, clip=self.clip)
         require_one_of(SCHEDULES, schedule=self.schedule)
-        require_within(0.5, 1.0, protect_share=self.protect_share)
+        require_within(0.0, 4.0, replay_share=self.replay_share)
+        require_within(0.0, 1.0, protect_share=self.protect_share)
         require_at_least(1, protect_rows=self.protect_rows, retention_rows=self.retention_rows)
         for weight in self.teacher_weights:
             require_within(1e-6, 1e6, teacher_weights=weight)
