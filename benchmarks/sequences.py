@@ -41,7 +41,8 @@ def teach_all(student, skills: list[Skill], seed: int, options) -> dict[str, Ret
     names, steps, rate = tuple(skill.name for skill in skills), options.steps, options.learning_rate
     first = copy.deepcopy(student)
     learn_answers(first, skills[:1], steps, seed, rate, prefix=options.prefix)
-    bases = used_subspaces(first, skills[0].rows[:512], options)
+    shielded = {"subspaces", "both"} & set(options.ways)
+    bases = used_subspaces(first, skills[0].rows[:512], options) if shielded else {}
     rows = round(options.replay_share * BATCH_ROWS)
     ways = {
         "plain": (first, skills[1:], {}, 0),

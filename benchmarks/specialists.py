@@ -7,9 +7,10 @@ SmolLM2 go on with rows of one text each and become the teachers; a student, Smo
 learns from their stored answers in sequence.
 
 Made affordable on a CPU: rows of 64 tokens; teachers and student train the blocks behind `prefix`
-and the final norm, the others, embedding and head stay; 32 rows of each skill are held out. A step
-of 8 rows takes about 6 s of one core at the default prefix of 24 of 30 blocks, the default run
-about a quarter of an hour of it.
+and the final norm, the others, embedding and head stay; 32 rows of each skill are held out.
+
+Not yet measured. With one step each and a prefix of 28 it has been run up to the second lesson
+(arithmetic: base 2.922 nats a token, teacher 2.618; docs: 3.599 and 3.554), not to its end.
 """
 
 import argparse
