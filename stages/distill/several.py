@@ -7,7 +7,10 @@ the student computes its prefix on their rows.
     mixed      on the same rows: one batch with the weighted mixture of the answers
                (modeling/mixture.py); else each batch is one teacher's, drawn by weight
     sequence   one teacher after the other, each for all steps; with `protect`, from the second on
-               nothing moves in the input subspaces that earlier ones use (modeling/protection.py)
+               some rows of earlier ones are repeated beside each batch, with their own teachers'
+               stored answers (experience replay, Robins 1995), `replay_share` of them a row; and
+               with a `protect_share` nothing moves in the input subspaces that earlier ones use
+               (modeling/protection.py). What either keeps and costs: benchmarks/retention.py
 
 The last rows are held back from all of it, and what is left of each skill is measured on them
 (retention.py). With one teacher nothing is held back, mixed or protected: it is plain distillation.
@@ -15,6 +18,7 @@ The last rows are held back from all of it, and what is left of each skill is me
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -30,8 +34,22 @@ from stages.distill.training import Lesson, train
 from stages.formats.targets import Batch, TeacherTargets
 from stages.recovery import Rollback
 
+if TYPE_CHECKING:
+    from stages.distill.stage import Params
+
 MIXED, SEQUENCE = "mixed", "sequence"
 BARE = Weights(kd=1.0, ce=0.0, anchor=0.0, temperature=1.0)  # to measure by
+
+
+def replay_pace(params: "Params") -> tuple[int, int]:
+    """Rows of earlier teachers to repeat, every so many steps: (rows, steps); (0, 1) for none.
+
+    The nearest to `replay_share`: whole rows beside each batch, or one row every few steps.
+    """
+    wanted = params.replay_share * params.batch_rows  # rows a step
+    if not wanted:
+        return 0, 1
+    return max(1, round(wanted)), max(1, round(1 / wanted))
 
 
 def bare(batch: Batch) -> Batch:
@@ -39,12 +57,34 @@ def bare(batch: Batch) -> Batch:
     return replace(batch, prefix=None, anchors={})
 
 
+@dataclass(frozen=True)
 class GuestLesson(Lesson):
-    """What is learnt from a teacher that the student was not cut from: its answers alone."""
+    """What is learnt from a teacher that the student was not cut from: its answers alone.
+
+    earlier: lessons of which rows are replayed beside this one's, in turn.
+    """
+
+    earlier: tuple[Lesson, ...] = ()
 
     def batches(self, start: int) -> Iterator[Batch]:
         """As a lesson's, without what belongs to the teacher's own blocks."""
         yield from map(bare, super().batches(start))
+
+    def replays(self, start: int) -> Iterator[Batch | None]:
+        """Rows of earlier lessons at the pace of `replay_pace`; each lesson as it was taught."""
+        p, count = self.params, len(self.earlier)
+        rows, every = replay_pace(p)
+        if not count or not rows:
+            yield from super().replays(start)
+            return
+        own, given = replace(p, batch_rows=rows), start // every
+        passes = [
+            replace(one, params=own).batches((given + count - 1 - place) // count)
+            for place, one in enumerate(self.earlier)
+        ]
+        for step in range(start, p.steps):
+            due = (step + 1) % every == 0
+            yield next(passes[step // every % count]) if due else None
 
     def validation(self) -> Iterator[Batch]:
         """Likewise."""
@@ -120,7 +160,9 @@ class Course:
         params, (first, *names) = lesson.params, opened
         lessons = {first: lesson}
         for name in names:
-            lessons[name] = GuestLesson(**{**vars(lesson), "targets": opened[name]})
+            own = {**vars(lesson), "targets": opened[name]}
+            earlier = tuple(lessons.values()) if params.protect else ()
+            lessons[name] = GuestLesson(**own, earlier=earlier)
         guests = tuple(opened[name] for name in names)
         mixed = MixedLesson(
             **vars(lesson),
@@ -132,9 +174,12 @@ class Course:
 
     @property
     def control(self) -> Lesson:
-        """For controls: the rows of all teachers, for as many steps as the student gets."""
+        """For controls: the rows of all teachers, as many as the student gets."""
         p = self.mixed.params
-        steps = p.steps * (len(self.lessons) if p.schedule == SEQUENCE else 1)
+        later = len(self.lessons) - 1 if p.schedule == SEQUENCE else 0
+        rows, every = replay_pace(p)
+        repeated = p.steps // every * rows / p.batch_rows if p.protect else 0  # batches
+        steps = p.steps + round(later * (p.steps + repeated))
         return replace(self.mixed, params=replace(p, steps=steps))
 
 
@@ -165,11 +210,26 @@ def teach(
             phase = f"student-{name}"
             rollbacks[phase] = train(student, lesson, own, job, phase, bases)
             columns[name] = held_out(student, course)
-            if params.protect:
+            if params.protect and params.protect_share:
                 bases = protect(student, lesson, name, bases)
                 job.say(f"protected after {name}: {protected_share(bases):.1%} of the inputs")
     losses = tuple(zip(*columns.values(), strict=True))
     return Retention(tuple(course.lessons), tuple(columns), losses), rollbacks
+
+
+def check_vocabulary(head_rows: int, opened: dict[str, TeacherTargets]) -> None:
+    """Refuse a teacher that answers with tokens that the student's head does not have.
+
+    One tokenizer may come with larger heads, of tokens that were added to it. What counts is the
+    ids that are stored: a head that is larger only by padding is no hindrance. Raises ValueError.
+    """
+    for name, targets in opened.items():
+        if (largest := targets.largest_id()) >= head_rows:
+            raise ValueError(
+                f"the targets of {name} hold token id {largest}, but the student's head has ids "
+                f"0 to {head_rows - 1} only; set distill.teacher_order to start with a teacher "
+                f"that has these tokens, as {name}, or leave {name} out of the teachers"
+            )
 
 
 @torch.no_grad()

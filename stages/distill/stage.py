@@ -63,6 +63,7 @@ class Params:
     teacher_order: tuple[str, ...]
     teacher_weights: tuple[float, ...]
     protect: bool
+    replay_share: float
     protect_share: float
     protect_rows: int
     retention_rows: int
@@ -85,7 +86,8 @@ class Params:
         require_within(0.1, 20.0, temperature=self.temperature)
         require_within(1e-3, 1e3, clip=self.clip)
         require_one_of(SCHEDULES, schedule=self.schedule)
-        require_within(0.5, 1.0, protect_share=self.protect_share)
+        require_within(0.0, 4.0, replay_share=self.replay_share)
+        require_within(0.0, 1.0, protect_share=self.protect_share)
         require_at_least(1, protect_rows=self.protect_rows, retention_rows=self.retention_rows)
         for weight in self.teacher_weights:
             require_within(1e-6, 1e6, teacher_weights=weight)
@@ -109,7 +111,7 @@ def run(params: Params, job: Job) -> Metrics:
     from modeling.blocks import dissect
     from modeling.loading import locate, open_model, open_tokenizer
     from stages.distill.objective import Weights
-    from stages.distill.several import Course, teach
+    from stages.distill.several import Course, check_vocabulary, teach
     from stages.distill.training import Lesson, train
     from stages.formats.importance import read_importance, read_subspaces
     from stages.formats.tokens import read_all_rows
@@ -122,14 +124,14 @@ def run(params: Params, job: Job) -> Metrics:
     harms = [block.harm for block in importance]
     location = locate(teacher_name)
     teacher, tokenizer = open_model(location), open_tokenizer(location)
+    check_vocabulary(len(dissect(teacher).head.weight), opened)
     rows = torch.from_numpy(read_all_rows(job.input("prepare"), "calibration", params.seed))
     dropped, order = choose_blocks(teacher, harms, prefix, rows, params, job)
     student, explained = build(teacher, dropped, rows[: params.patch_rows], params, job)
     save_student(student, tokenizer, job.output / "before_training")
 
-    held_back = params.retention_rows if len(opened) > 1 else 0
-    subspaces = read_subspaces(profile)
-    lesson = Lesson(targets, subspaces, prefix, dropped, harms, params, held_back)
+    kept_out = params.retention_rows if len(opened) > 1 else 0
+    lesson = Lesson(targets, read_subspaces(profile), prefix, dropped, harms, params, kept_out)
     course = Course.of(lesson, opened)
     full = Weights(**params.losses)
     untrained = {name: tensor.clone() for name, tensor in student.state_dict().items()}

@@ -1,5 +1,6 @@
 """The training loop of distill: one for the student, one for its control."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean
@@ -46,6 +47,10 @@ class Lesson:
             p.batch_rows, p.steps, p.seed, start, p.validation_rows, self.held_back
         )
 
+    def replays(self, start: int) -> Iterator[Batch | None]:
+        """What is repeated of earlier lessons beside each batch from `start` on; endless."""
+        yield from itertools.repeat(None)
+
     def validation(self) -> Iterator[Batch]:
         """Rows that are never taught, to notice when training goes wrong."""
         yield from self.targets.first(self.params.validation_rows, self.params.batch_rows)
@@ -79,8 +84,9 @@ def train(
     validation = list(lesson.validation())
     if training.step == 0:
         recovery.begin(_validate(objective, validation))
-    for batch in lesson.batches(training.step):
-        metrics, reason = _learn(objective, batch, recovery, params)
+    passes = lesson.batches(training.step), lesson.replays(training.step)
+    for batch, replay in zip(*passes, strict=False):
+        metrics, reason = _learn(objective, batch, replay, recovery, params)
         if reason is None and _is_due(training.step, params):
             metrics["validation"] = _validate(objective, validation)
             reason = recovery.validated(metrics["validation"])
@@ -95,13 +101,19 @@ def train(
 
 
 def _learn(
-    objective: Objective, batch: Batch, recovery: Recovery, params: "Params"
+    objective: Objective,
+    batch: Batch,
+    replay: Batch | None,
+    recovery: Recovery,
+    params: "Params",
 ) -> tuple[dict[str, float], str | None]:
-    """One step: what was measured, or why the batch was passed over."""
+    """One step: what was measured of its own batch, or why it was passed over."""
     loss = objective(batch)
     reason = recovery.refuses(loss.total.item())
     if reason is None:
         loss.total.backward()
+        if replay is not None:  # each of its rows counts as much as one of the batch
+            (objective(replay).total * (len(replay.tokens) / len(batch.tokens))).backward()
         for matrix in objective.maps.parameters():  # of a mixed batch without anchors
             matrix.grad = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
         try:

@@ -168,6 +168,11 @@ class TeacherTargets:
         part = slice(int(ends[row - 1]) if row else 0, int(ends[row]))
         return tensors["ids"][part].long(), tensors["counts"][part].long()
 
+    def largest_id(self) -> int:
+        """The largest token id in any row or answer."""
+        parts = [shard[name] for shard in self._ordered for name in ("tokens", "ids")]
+        return max(int(part.long().max()) for part in parts)
+
     def first(self, count: int, rows: int) -> Iterator[Batch]:
         """Give the first `count` rows, in batches: those that `batches` can keep out."""
         for picks in torch.arange(min(count, self.header.rows)).split(rows):

@@ -167,6 +167,7 @@ def test_a_student_that_is_not_finite_is_refused_before_any_step(
         ({"kd_weight": float("nan")}, "'kd_weight' is nan"),
         ({"schedule": "random"}, "'schedule' is 'random'"),
         ({"protect_share": 1.5}, "'protect_share' is 1.5"),
+        ({"replay_share": -0.5}, "'replay_share' is -0.5"),
         ({"protect_rows": 0}, "'protect_rows' is 0"),
         ({"retention_rows": 0}, "'retention_rows' is 0"),
         ({"teacher_weights": (1.0, -1.0)}, "'teacher_weights' is -1.0"),
