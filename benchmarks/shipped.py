@@ -25,7 +25,6 @@ from torch import Tensor
 
 from modeling.export import TYPES, export_gguf
 from modeling.loading import open_model, open_tokenizer
-from modeling.losses import TeacherView
 
 HERE, REPOSITORY = Path(__file__).parent, Path(__file__).resolve().parents[1]
 PROBE = """def area(radius):
@@ -79,12 +78,12 @@ def our_answer(student: Path, tokens: list[int]) -> Answer:
 def compare(ours: Answer, theirs: Answer) -> dict[str, float]:
     """How far other logits are from ours."""
     difference = (theirs.logits - ours.logits).abs()
-    view = TeacherView.of(ours.logits)
-    return {
+    wanted, found = (a.logits.double().log_softmax(-1) for a in (ours, theirs))  # float32 is off
+    return {  # by 2e-4 over a vocabulary of 49,152
         "largest": difference.max().item(),
         "relative": (difference.norm() / ours.logits.norm()).item(),
-        "agreement": (theirs.logits.argmax(-1) == view.choice).float().mean().item(),
-        "kl": view.kl(theirs.logits).mean().item(),
+        "agreement": (theirs.logits.argmax(-1) == ours.logits.argmax(-1)).float().mean().item(),
+        "kl": (wanted.exp() * (wanted - found)).sum(-1).mean().item(),
     }
 
 
