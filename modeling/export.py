@@ -98,6 +98,7 @@ def export_gguf(folder: Path, file: Path, kind: str | None = None) -> Counter[st
         writer.close()
         part.replace(file)
     finally:
+        writer.close()
         part.unlink(missing_ok=True)
     return Counter(entry.kind.name.lower() for entry in entries)
 

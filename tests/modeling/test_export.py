@@ -80,6 +80,23 @@ def test_a_qwen2_with_biases_and_one_matrix_for_both_ends_is_read_back(tmp_path,
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
+def test_a_mistral_is_written_as_a_llama_unless_its_attention_is_cut(tmp_path, tokenizer) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=VOCABULARY, sliding_window=None,
+    )  # fmt: skip
+    model = _random(MistralForCausalLM, config, 0)
+    export_gguf(saved(model, tokenizer, tmp_path / "student"), tmp_path / "it.gguf")
+    for name, tensor in read_back(tmp_path / "it.gguf", torch.float32).items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    model.config.sliding_window = 64
+    folder = saved(model, tokenizer, tmp_path / "cut")
+    with pytest.raises(ValueError, match="cut at a window of 64 tokens"):
+        export_gguf(folder, tmp_path / "cut.gguf")
+
+
 def test_a_mamba_is_read_back_but_for_the_rounding_of_a_logarithm(tmp_path, tokenizer) -> None:
     model = tiny_mamba(vocab=VOCABULARY)
     folder = saved(model, tokenizer, tmp_path / "student")
