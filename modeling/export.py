@@ -6,9 +6,12 @@
 The folder is one that transformers opens: config.json, safetensors, tokenizer.json. Types:
 
     f32 f16 bf16   numbers as they are; a student stored in bfloat16 loses nothing in f32 and bf16
-    q8_0           8.5 bits a weight, 32 weights share a scale; hard to tell from bf16
+    q8_0           8.5 bits a weight, 32 weights share a scale
     q5_1 ... q4_0  6 to 4.5 bits; rounded to the nearest, not fitted to data. Measure what is left:
                    benchmarks/shipped.py. The embedding and the head stay q8_0
+
+llama.cpp also rounds what goes into a matrix: to the type of the weights in bf16 and f16, to 8 bits
+in the others. So its logits differ by more than the file does; in f32 they are ours to rounding.
 
 Norms, biases and other vectors are always f32. Rows that are no multiple of 32 cannot be quantised
 and stay f16; how many is said. A student that is no Llama, Mistral, Qwen2 or Mamba, or whose
