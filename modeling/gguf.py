@@ -24,6 +24,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from modeling.gguf_tokenizer import restore_splitter
+
 SHARD_BYTES = 1 << 30
 OTHER_NAMES = {  # llama.cpp's name -> transformers', where they differ by more than punctuation
     "command-r": "cohere", "deepseek2": "deepseek_v2", "deepseek2-ocr": "deepseek_ocr2",
@@ -74,12 +76,24 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
             "docs/architectures.md has what is read from GGUF"
         ) from error
     config.dtype = dtype
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    kind, splitter = (_text_field(file, f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    if kind == "gpt2" and splitter:  # llama.cpp's word for byte-level BPE
+        restore_splitter(tokenizer, splitter)
+    tokenizer.save_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     write_weights(file, model, folder, dtype)
+
+
+def _text_field(file: Path, name: str) -> str | None:
+    """A text among a GGUF file's facts; None where it is not there."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field(name)
+    return None if field is None else str(field.contents())
 
 
 def write_weights(file: Path, model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

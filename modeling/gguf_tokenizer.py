@@ -1,14 +1,19 @@
 """A byte-level BPE tokenizer as llama.cpp keeps one: tokens, merges, and the name of a splitter.
 
-llama.cpp has the regular expressions that split a text before BPE compiled in, under names. The
-name is found from what the tokenizer itself does, not from which model it came with: a tokenizer
-that splits in a way that llama.cpp has no name for is refused, since it would get other tokens.
+Both ways: `write_tokenizer`, and `restore_splitter` for files of others. llama.cpp has the regular
+expressions that split a text before BPE compiled in, under names. The name is found from what the
+tokenizer itself does, not from which model it came with: a tokenizer that splits in a way that
+llama.cpp has no name for is refused, since it would get other tokens. transformers reads tokens and
+merges from a file, but not the splitter's name (of SmolLM2's tokens of Python's documentation, 1 in
+700 is another then).
 """
 
 import json
+import warnings
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
+from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 _WORDS = (
@@ -52,6 +57,32 @@ def write_tokenizer(
     writer.add_add_space_prefix(False)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def restore_splitter(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Make a tokenizer read from a GGUF file split as the file's `tokenizer.ggml.pre` says.
+
+    A name that is not among SPLITTERS leaves it as transformers reads it, and a warning says so.
+    """
+    steps = next((steps for steps, (known, _) in SPLITTERS.items() if known == name), None)
+    if steps is None:
+        warnings.warn(
+            f"the file's tokenizer splits as '{name}', which is not known here; it is read as "
+            "transformers reads it, so some text may get other tokens than in llama.cpp",
+            stacklevel=2,
+        )
+        return
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(map(_build, steps)))
+
+
+def _build(step: str) -> pre_tokenizers.PreTokenizer:
+    """The step of splitting that `_step` has this word for."""
+    match step:
+        case "gpt2 words" | "bytes":
+            return pre_tokenizers.ByteLevel(False, use_regex=step == "gpt2 words")
+        case "single digits":
+            return pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Split(Regex(step), "isolated")
 
 
 def _state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from registry.catalog import lookup
 from registry.records import Package, Teacher
 
 CPU = torch.device("cpu")
+CONVERSION = 2  # of GGUF files; 1 lost how a tokenizer splits a text
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def find_anywhere(reference: str) -> Location:
     """
     path = Path(reference).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return Location(str(_converted(path, _cache() / f"{path.stem}-{_digest(path)[:16]}")), None)
+        return Location(str(_converted(path, _kept(path.stem, _digest(path)))), None)
     if path.is_dir() or "/" in reference:
         return Location(str(path) if path.is_dir() else reference, None)
     return locate(reference)
@@ -142,7 +143,7 @@ def _how_to_install(package: Package) -> str:
 def _checked(teacher: Teacher) -> Path:
     """The safetensors folder of a packaged GGUF, whose checksum must be the registry's."""
     package, file = teacher.package, _packaged_file(teacher.package)
-    folder = _cache() / f"{teacher.name}-{package.sha256[:16]}"
+    folder = _kept(teacher.name, package.sha256)
     if folder.is_dir():
         return folder
     found = _digest(file)
@@ -155,9 +156,10 @@ def _checked(teacher: Teacher) -> Path:
     return _converted(file, folder)
 
 
-def _cache() -> Path:
+def _kept(name: str, checksum: str) -> Path:
+    """Where the conversion of a GGUF file is kept."""
     root = os.environ.get("NANOFOUNDRY_CACHE", Path.home() / ".cache" / "nanofoundry")
-    return Path(root) / "models"
+    return Path(root) / "models" / f"{name}-{checksum[:16]}-{CONVERSION}"
 
 
 def _digest(file: Path) -> str:

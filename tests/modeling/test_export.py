@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modeling.export import export_gguf, main
 from modeling.gguf import convert_gguf
+from modeling.gguf_tokenizer import SPLITTERS, restore_splitter
 from tests.modeling.vocabularies import trained_bpe
 from tests.tiny import _random, tiny_gpt2, tiny_llama, tiny_mamba
 
@@ -180,6 +181,30 @@ def test_a_splitter_is_found_by_what_it_does_or_refused(tmp_path, steps, name) -
         export_gguf(folder, tmp_path / "it.gguf")
         fields = GGUFReader(tmp_path / "it.gguf").fields
         assert fields["tokenizer.ggml.pre"].contents() == name
+
+
+TEXT = "then 1,000 of  12 lines\n   345 x'll  \n\n naïve"
+
+
+@pytest.mark.parametrize("steps", [steps for steps in SPLITTERS])
+def test_a_splitter_is_restored_from_its_name(tmp_path, steps) -> None:
+    """transformers reads tokens and merges of a file, and splits as it likes."""
+    from transformers import AutoTokenizer
+
+    made = trained_bpe(300)
+    restore_splitter(made, SPLITTERS[steps][0])
+    made.backend_tokenizer.model.ignore_merges = SPLITTERS[steps][1]
+    export_gguf(saved(tiny_llama(vocab=VOCABULARY), made, tmp_path / "s"), tmp_path / "it.gguf")
+    read_back(tmp_path / "it.gguf", torch.bfloat16)
+    back = AutoTokenizer.from_pretrained(tmp_path / "it")
+    splits = [t.backend_tokenizer.pre_tokenizer.pre_tokenize_str(TEXT) for t in (back, made)]
+    assert splits[0] == splits[1]
+    assert back.encode(TEXT) == made.encode(TEXT)
+
+
+def test_an_unknown_splitter_is_told(tokenizer) -> None:
+    with pytest.warns(UserWarning, match="splits as 'poro-chat', which is not known here"):
+        restore_splitter(tokenizer, "poro-chat")
 
 
 def test_what_cannot_be_written_is_refused_by_name(tmp_path, tokenizer) -> None:

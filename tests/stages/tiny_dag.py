@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from modeling.loading import CONVERSION
 from registry.catalog import lookup
 from stages.__main__ import find_stage
 from stages.contract import Job
@@ -100,7 +101,8 @@ class TinyDag:
     def teacher_folder(self) -> Path:
         """Where the teacher lies."""
         sha256 = lookup("teachers", TEACHER).package.sha256
-        return self.root / "cache" / "models" / f"{TEACHER}-{sha256[:16]}"
+        name = f"{TEACHER}-{sha256[:16]}-{CONVERSION}"
+        return self.root / "cache" / "models" / name
 
 
 def make_tiny_dag(root: Path, patch: pytest.MonkeyPatch) -> TinyDag:
