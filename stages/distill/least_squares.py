@@ -12,6 +12,8 @@ is a rule: a function of these sums. `eliminate` asks what the best fit without 
 takes the least one, and asks again (optimal brain surgeon, Hassibi 1993; structured as in ZipLM,
 Kurtic 2023): of two inputs that do the same it takes one, which no score of each alone can.
 
+Places are kept on the CPU, sums where the layer is.
+
 Letters: N tokens, F inputs, D outputs, G groups of g inputs each.
 """
 
@@ -19,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LUMPS = 64  # groups go in so many portions, each found from the best fit without those before it
 
@@ -33,9 +35,14 @@ class Moments:
     total: float  # sum of w |r|^2
 
     @classmethod
-    def none(cls, inputs: int, outputs: int) -> "Moments":
-        """Of no tokens."""
-        return cls(torch.zeros(inputs, inputs), torch.zeros(inputs, outputs), 0.0)
+    def none(cls, layer: nn.Linear) -> "Moments":
+        """Of a layer and no tokens, where the layer is."""
+        inputs, outputs = layer.in_features, layer.out_features
+        gram, cross = (
+            layer.weight.new_zeros(inputs, inputs),
+            layer.weight.new_zeros(inputs, outputs),
+        )
+        return cls(gram.float(), cross.float(), 0.0)
 
     def plus(self, a: Tensor, r: Tensor, w: Tensor) -> "Moments":
         """With some tokens more: a (N, F), r (N, D), w (N, 1)."""
@@ -85,7 +92,7 @@ def eliminate(moments: Moments, weight: Tensor, ridge: float, groups: Tensor, ke
         places = groups[alive]  # (G', g)
         lost = fit[:, places].permute(1, 0, 2)  # (G', D, g)
         blocks = inverse[places[:, :, None], places[:, None, :]]  # (G', g, g)
-        losses = (torch.linalg.solve(blocks, lost.mT) * lost.mT).sum((1, 2))
+        losses = (torch.linalg.solve(blocks, lost.mT) * lost.mT).sum((1, 2)).cpu()
         order = losses.argsort(stable=True)
         count = min(lump, len(alive) - keep)
         gone = places[order[:count]].flatten()
@@ -101,7 +108,7 @@ def largest_effect(
 ) -> Tensor:
     """Keep the groups of the largest mean |W_g a_g|^2: what each alone gives (Wanda, Sun 2023)."""
     lost, grams = weight.float()[:, groups], moments.gram[groups[:, :, None], groups[:, None, :]]
-    scores = torch.einsum("dgi,gij,dgj->g", lost, grams, lost)
+    scores = torch.einsum("dgi,gij,dgj->g", lost, grams, lost).cpu()
     return scores.argsort(descending=True, stable=True)[:keep].sort().values
 
 
@@ -109,7 +116,7 @@ def largest_activation(
     moments: Moments, _weight: Tensor, _ridge: float, groups: Tensor, keep: int
 ) -> Tensor:
     """Keep the groups of the largest mean |a_g|^2, Minitron's rule (with its L2 over the batch)."""
-    scores = moments.gram.diagonal()[groups].sum(-1)
+    scores = moments.gram.diagonal()[groups].sum(-1).cpu()
     return scores.argsort(descending=True, stable=True)[:keep].sort().values
 
 

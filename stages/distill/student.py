@@ -160,7 +160,7 @@ def token_weights(wanted: Tensor) -> Tensor:
 
 def _refit(projection: nn.Linear, streams: list[Stream], ridge: float) -> float:
     """Solve for one bridge and write it into its weights; give R^2."""
-    moments = Moments.none(projection.in_features, projection.out_features)
+    moments = Moments.none(projection)
     for stream in streams:
         a, _, output = stream.student_layer(projection)
         wanted = flat(stream.teacher)

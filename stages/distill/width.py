@@ -105,7 +105,7 @@ def refit_blocks(
             stream.advance(following, place)
         parts = parts_of(streams[0].student_blocks[place])
 
-        moments = Moments.none(parts.o_proj.in_features, parts.o_proj.out_features)
+        moments = Moments.none(parts.o_proj)
         for stream, wanted in zip(streams, middles, strict=True):
             a, given, _ = stream.student_layer(parts.o_proj)
             missing = wanted - flat(stream.student) - given
@@ -113,7 +113,7 @@ def refit_blocks(
         kv_heads, heads = choose_heads(moments, parts.o_proj, widths, sizes, ridge, rule)
         attention = _refit_on(parts.o_proj, moments, columns(heads, widths.head), ridge)
 
-        moments = Moments.none(parts.down_proj.in_features, parts.down_proj.out_features)
+        moments = Moments.none(parts.down_proj)
         for stream in streams:
             a, _, output = stream.student_layer(parts.down_proj)
             wanted = flat(stream.teacher)[:, hidden]
@@ -195,7 +195,7 @@ def choose_dimensions(
     Without `weigh_readers` by the norms' outputs alone, as Minitron has it.
     """
     readers = norms_and_readers(model)
-    squares = [torch.zeros(norm.weight.shape) for norm, _ in readers]
+    squares = [torch.zeros_like(norm.weight, dtype=torch.float32) for norm, _ in readers]
 
     def look(place: int, _before: Tensor, after: Tensor) -> None:
         squares[place] += after.square().sum(0)
@@ -207,7 +207,7 @@ def choose_dimensions(
         if weigh_readers:
             effect = square * sum(layer.weight.float().square().sum(0) for layer in layers)
         scores += effect / effect.sum()
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
+    return scores.cpu().argsort(descending=True, stable=True)[:count].sort().values
 
 
 @torch.no_grad()

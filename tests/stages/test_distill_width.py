@@ -62,10 +62,10 @@ def problem(tokens: int = 60, inputs: int = 9, outputs: int = 4, seed: int = 0):
 def test_moments_of_a_layer_without_some_inputs_are_those_of_the_smaller_layer() -> None:
     a, weight, r, w = problem()
     kept, gone = torch.tensor([0, 2, 3, 7]), [1, 4, 5, 6, 8]
-    found = Moments.none(9, 4).plus(a[:20], r[:20], w[:20]).plus(a[20:], r[20:], w[20:])
+    found = Moments.none(nn.Linear(9, 4)).plus(a[:20], r[:20], w[:20]).plus(a[20:], r[20:], w[20:])
     found = found.without(weight, kept)
     missing = r + a[:, gone] @ weight[:, gone].T
-    expected = Moments.none(4, 4).plus(a[:, kept], missing, w)
+    expected = Moments.none(nn.Linear(4, 4)).plus(a[:, kept], missing, w)
     torch.testing.assert_close(found.gram, expected.gram)
     torch.testing.assert_close(found.cross, expected.cross)
     assert found.total == pytest.approx(expected.total, rel=1e-5)
@@ -82,7 +82,7 @@ def left_over(a: Tensor, weight: Tensor, r: Tensor, w: Tensor, kept: list[int]) 
 def test_elimination_finds_inputs_that_the_others_can_replace(seed: int) -> None:
     """Almost the best of all choices, where inputs that do the same would each look needed."""
     a, weight, r, w = problem(seed=seed)
-    moments = Moments.none(9, 4).plus(a, r, w)
+    moments = Moments.none(nn.Linear(9, 4)).plus(a, r, w)
     each = torch.arange(9)[:, None]
     kept = eliminate(moments, weight, 1e-6, each, 7).tolist()
     best = min(left_over(a, weight, r, w, list(c)) for c in combinations(range(9), 7))
@@ -93,7 +93,7 @@ def test_elimination_finds_inputs_that_the_others_can_replace(seed: int) -> None
 @every_rule
 def test_a_rule_keeps_as_many_groups_as_asked_in_order(rule: str) -> None:
     a, weight, r, w = problem()
-    moments = Moments.none(9, 4).plus(a, r, w)
+    moments = Moments.none(nn.Linear(9, 4)).plus(a, r, w)
     for keep in (1, 2, 3):
         kept = RULES[rule](moments, weight, RIDGE, torch.arange(9).view(3, 3), keep).tolist()
         assert len(kept) == keep and kept == sorted(set(kept)) and max(kept) < 3
@@ -103,7 +103,7 @@ def test_a_rule_keeps_as_many_groups_as_asked_in_order(rule: str) -> None:
 def test_an_input_that_never_fires_is_the_first_to_go(rule: str) -> None:
     a, weight, r, w = problem()
     a[:, 4] = 0.0
-    moments = Moments.none(9, 4).plus(a, r, w)
+    moments = Moments.none(nn.Linear(9, 4)).plus(a, r, w)
     kept = RULES[rule](moments, weight, RIDGE, torch.arange(9)[:, None], 8)
     assert 4 not in kept.tolist()
 
