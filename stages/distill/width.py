@@ -13,9 +13,9 @@ square that a norm gives of a dimension, times the squares of the weights that r
 of the norm's whole, summed over all norms. A norm divides by the root mean square over what is
 left, which is another number; its weight is scaled by the mean ratio of the two.
 
-Differs from Minitron (Muralidharan 2024), which ranks by activations alone and refits nothing. KL
-from the teacher on held-out text, 3/4 of the neurons kept, before any training:
-benchmarks/width.py.
+Differs from Minitron (Muralidharan 2024), which ranks by activations alone and refits nothing.
+(SmolLM2-135M, one block, 3/4 of its neurons, held-out error of the MLP: 0.050 by activations, 0.038
+refitted, 0.036 by elimination and refitted; benchmarks/width_rules.py.)
 
 Letters: N tokens, D hidden width of the teacher, D' of the student.
 """
