@@ -101,9 +101,13 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     return Anatomy(blocks, norms[-1], model.get_output_embeddings())
 
 
-@torch.no_grad()
-def capture_calls(model: PreTrainedModel, input_ids: Tensor) -> BlockCalls:
-    """Record how the model calls each of its blocks on `input_ids` (B, T), running none of them."""
+def capture_calls(
+    model: PreTrainedModel, input_ids: Tensor, embedding_learns: bool = False
+) -> BlockCalls:
+    """Record how the model calls each of its blocks on `input_ids` (B, T), running none of them.
+
+    embedding_learns: the first block's input back-propagates to what it was made by.
+    """
     calls: list[tuple[Tensor, tuple, dict[str, Any]]] = []
 
     def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -111,7 +115,8 @@ def capture_calls(model: PreTrainedModel, input_ids: Tensor) -> BlockCalls:
         return hidden
 
     blocks = dissect(model).blocks
-    with _replaced_forwards(blocks, record):
+    learns = embedding_learns and torch.is_grad_enabled()
+    with _replaced_forwards(blocks, record), torch.set_grad_enabled(learns):
         model(input_ids, use_cache=False, logits_to_keep=1)
     return BlockCalls(calls[0][0], [(args, kwargs) for _, args, kwargs in calls])
 

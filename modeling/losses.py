@@ -80,15 +80,18 @@ def head_loss(
 ) -> tuple[Tensor, float, float]:
     """Mean over N tokens of kd_weight * T^2 KL(teacher || student) + ce_weight * CE.
 
-    hidden (N, D), behind the final norm; head (V, D), frozen; labels (N,) int64.
-    Gives the loss, which back-propagates to `hidden`, and the values of KL (nats, times T^2) and
-    CE (nats). Raises ValueError for sampled targets at another temperature than 1.
+    hidden (N, D), behind the final norm; head (V, D); labels (N,) int64.
+    Gives the loss, which back-propagates to `hidden`, and to `head` where it is to be trained, and
+    the values of KL (nats, times T^2) and CE (nats). Raises ValueError for sampled targets at
+    another temperature than 1.
     """
     if isinstance(targets, SampledTargets) and temperature != 1:
         raise ValueError(
             f"the temperature is {temperature:g}, but sampled targets tell the teacher's "
             "distribution at temperature 1 only"
         )
+    if not torch.is_grad_enabled():
+        head = head.detach()  # autograd asks for its gradient even where none will be computed
     return _HeadLoss.apply(hidden, head, labels, targets, kd_weight, ce_weight, temperature)
 
 
@@ -97,6 +100,8 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, head, labels, targets, kd_weight, ce_weight, temperature):
         count = hidden.shape[0]
         gradient = torch.empty_like(hidden)
+        learns = ctx.needs_input_grad[1]  # else its gradient, as large as itself, is not computed
+        head_gradient = torch.zeros_like(head, dtype=torch.float32) if learns else None
         kl_sum = ce_sum = 0.0
         for start in range(0, count, CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
@@ -107,14 +112,18 @@ class _HeadLoss(torch.autograd.Function):
             )  # fmt: skip
             kl_sum, ce_sum = kl_sum + kl, ce_sum + ce
             gradient[part] = logit_gradient.to(head.dtype) @ head
-        ctx.save_for_backward(gradient / count)
+            if learns:
+                head_gradient.addmm_(logit_gradient.T, hidden[part].float(), alpha=1 / count)
+        ctx.save_for_backward(gradient / count, head_gradient)
         kl, ce = kl_sum / count, ce_sum / count
         return hidden.new_tensor(kd_weight * kl + ce_weight * ce, dtype=torch.float32), kl, ce
 
     @staticmethod
     def backward(ctx, upstream, _kl, _ce):
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None, None, None, None
+        gradient, head_gradient = ctx.saved_tensors
+        if head_gradient is not None:
+            head_gradient = (head_gradient * upstream).to(gradient.dtype)
+        return gradient * upstream.to(gradient.dtype), head_gradient, None, None, None, None, None
 
 
 def _chunk(

@@ -95,29 +95,64 @@ class Shape:
     ffn: int | None = None
     state: int | None = None
 
+    def __post_init__(self) -> None:
+        for size, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"'{size}' is {value}; a size is at least 1")
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What share of each of its widths a pruned teacher keeps, the same in every block; 1 is all.
+
+    ffn: neurons of the MLP.  kv_heads: key/value heads, each with all of its query heads.
+    heads: query heads of each key/value head.  hidden: dimensions of the residual stream.
+    """
+
+    ffn: float = 1.0
+    kv_heads: float = 1.0
+    heads: float = 1.0
+    hidden: float = 1.0
+
+    def __post_init__(self) -> None:
+        for width, share in vars(self).items():
+            if not 0 < share <= 1:
+                raise ValueError(f"'{width}' is {share}; give the share that stays, 0 to 1")
+        if all(share == 1 for share in vars(self).values()):
+            raise ValueError("every width is kept whole; write 'keep: null'")
+
 
 @dataclass(frozen=True)
 class Student:
     """A way to build the small model.
 
     construction: "pruned" keeps some of the teacher's own blocks; "llama" and "mamba" are new.
-    drop_blocks: how many of the teacher's blocks go (pruned only).  shape: sizes (new only).
+    drop_blocks: how many of the teacher's blocks go (pruned only; 0 where only widths shrink).
+    keep: what the blocks keep of their widths, or None for all (pruned only).
+    shape: sizes (new only).
     """
 
     name: str
     construction: str
     drop_blocks: int | None
+    keep: Keep | None
     shape: Shape | None
     description: str
 
     def __post_init__(self) -> None:
         _require_one_of("construction", self.construction, CONSTRUCTIONS)
         if self.construction == "pruned":
-            if self.drop_blocks is None or self.drop_blocks < 1 or self.shape is not None:
-                raise ValueError("a pruned student needs 'drop_blocks' >= 1 and a null 'shape'")
+            least = 0 if self.keep else 1
+            if self.drop_blocks is None or self.drop_blocks < least or self.shape is not None:
+                raise ValueError(
+                    "a pruned student needs 'drop_blocks' >= 1, or >= 0 with 'keep', and a null "
+                    f"'shape'; 'drop_blocks' is {self.drop_blocks}"
+                )
             return
-        if self.drop_blocks is not None or self.shape is None:
-            raise ValueError(f"a {self.construction} student needs 'shape', null 'drop_blocks'")
+        if self.drop_blocks is not None or self.keep is not None or self.shape is None:
+            raise ValueError(
+                f"a {self.construction} student needs 'shape', null 'drop_blocks' and null 'keep'"
+            )
         needed = {"llama": ("heads", "kv_heads", "ffn"), "mamba": ("state",)}[self.construction]
         for size in ("heads", "kv_heads", "ffn", "state"):
             if (getattr(self.shape, size) is not None) != (size in needed):
@@ -125,6 +160,16 @@ class Student:
                     f"the shape of a {self.construction} has {', '.join(needed)} "
                     f"besides hidden, blocks and vocab; check '{size}'"
                 )
+        self._require_whole_heads()
+
+    def _require_whole_heads(self) -> None:
+        """Heads share the width evenly, and key/value heads the heads; rotation needs pairs."""
+        shape = self.shape
+        if shape.heads and (shape.hidden % (2 * shape.heads) or shape.heads % shape.kv_heads):
+            raise ValueError(
+                f"{shape.hidden} hidden, {shape.heads} heads, {shape.kv_heads} kv_heads do not go "
+                "together; 'hidden' has to be a multiple of twice 'heads', 'heads' of 'kv_heads'"
+            )
 
 
 @dataclass(frozen=True)

@@ -117,13 +117,21 @@ def measure_drift(
 ) -> dict[str, dict[int, float]]:
     """The drift of each model from the teacher: model -> block of the teacher -> drift.
 
-    Empty for students that are not the teacher less some blocks: their states have other axes.
+    Empty for students of another width and for new networks: their states have other axes.
     """
+    from modeling.blocks import dissect
     from stages.benchmark.scoring import TEACHER
     from stages.drift import Site, counterparts, subspace_drift
     from stages.formats.importance import read_subspaces
 
     teacher, subspaces = models[TEACHER], read_subspaces(profile)
+    shapes = {
+        name: (len(dissect(model).blocks), model.get_input_embeddings().weight.shape[1])
+        for name, model in models.items()
+    }
+    blocks, width = shapes[TEACHER]
+    if shapes[STUDENT] != (blocks - len(dropped), width):
+        return {}
     places = counterparts(range(len(subspaces.mean)), dropped)
     sites = [Site(block, block, place) for block, place in places.items()]
     return {

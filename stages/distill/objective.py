@@ -7,11 +7,13 @@ over next-token positions; KL over the teacher's top-k and the tail, or estimate
 (modeling/losses.py). c_l are
 the stored whitened coordinates of the teacher's anchor block l, W_l its whitening, so the last term
 is an error relative to the subspace's own variance; w_l are the blocks' ablation harms, normalised;
-P_l is a learned D x D map, started at the identity and thrown away afterwards.
+P_l is a learned map from the student's width to the teacher's, started at the identity where they
+are the same, and thrown away afterwards.
 
 The prefix, the blocks that student and teacher share, is read from the targets: it is neither
 computed nor trained. Where a batch has none, as of a teacher that the student was not cut from, the
-student embeds the tokens and runs its own prefix.
+student embeds the tokens and runs its own prefix; and where student and teacher share no block, the
+student does so always. A student of another width trains its embedding and its head as well.
 """
 
 from dataclasses import dataclass
@@ -59,14 +61,14 @@ class Loss:
 class AnchorMaps(nn.Module):
     """The learned maps P_l, one a teacher anchor block; kept in float32."""
 
-    def __init__(self, anchors: list[Anchor], width: int) -> None:
+    def __init__(self, anchors: list[Anchor], start: int | Tensor) -> None:
+        """start: where each map starts, (D_teacher, D_student); or the width of the identity."""
         super().__init__()
-        self.maps = nn.ParameterDict(
-            {str(a.block): nn.Parameter(torch.eye(width)) for a in anchors}
-        )
+        first = torch.eye(start) if isinstance(start, int) else start.float()
+        self.maps = nn.ParameterDict({str(a.block): nn.Parameter(first.clone()) for a in anchors})
 
     def forward(self, block: int, hidden: Tensor) -> Tensor:
-        """P_l h for hidden (..., D)."""
+        """P_l h for hidden (..., D_student): (..., D_teacher)."""
         return hidden.float() @ self.maps[str(block)].T
 
 
@@ -80,10 +82,27 @@ def place_anchors(blocks: tuple[int, ...], dropped: list[int], harms: list[float
     return [Anchor(block, place, harms[block] / total) for block, place in placed.items()]
 
 
+def pair_by_depth(blocks: tuple[int, ...], count: int, harms: list[float]) -> list[Anchor]:
+    """Find the block of a network of `count` blocks that is as deep, relatively, as each anchor.
+
+    harms: of all blocks of the teacher. Of several anchors for one block the most harmful stays: no
+    state is pulled to two places.
+    """
+    chosen: dict[int, int] = {}
+    for block in sorted(blocks, key=lambda block: harms[block]):
+        chosen[max(0, round((block + 1) / len(harms) * count) - 1)] = block
+    total = sum(harms[block] for block in chosen.values())
+    pairs = sorted((block, position) for position, block in chosen.items())
+    return [Anchor(block, position, harms[block] / total) for block, position in pairs]
+
+
 def trainable(
-    student: PreTrainedModel, prefix: int, maps: AnchorMaps
+    student: PreTrainedModel, prefix: int, maps: AnchorMaps, vocabulary: bool = False
 ) -> list[tuple[str, nn.Parameter]]:
-    """Everything behind the prefix but the head (which is the embedding in tied models)."""
+    """Everything behind the prefix; with `vocabulary` the embedding and the head as well.
+
+    In tied models these are one, under the embedding's name.
+    """
     anatomy = dissect(student)
     named = [
         (f"blocks.{index}.{name}", parameter)
@@ -92,6 +111,11 @@ def trainable(
         for name, parameter in block.named_parameters()
     ]
     named += [(f"norm.{name}", parameter) for name, parameter in anatomy.norm.named_parameters()]
+    if vocabulary:
+        embedding = student.get_input_embeddings().weight
+        named.append(("embedding.weight", embedding))
+        if anatomy.head.weight is not embedding:
+            named.append(("head.weight", anatomy.head.weight))
     return named + list(maps.named_parameters())
 
 
@@ -126,12 +150,14 @@ class Objective:
 
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the blocks behind the prefix: the last state, and the output of every block."""
+        prefix = batch.prefix if self.prefix else None
         known = self._calls is not None and self._calls.hidden.shape[:2] == batch.tokens.shape
-        if batch.prefix is None or not known:
-            self._calls = capture_calls(self.student, batch.tokens)
-        hidden = self._calls.hidden if batch.prefix is None else batch.prefix
+        if prefix is None or not known:
+            learns = self.student.get_input_embeddings().weight.requires_grad
+            self._calls = capture_calls(self.student, batch.tokens, embedding_learns=learns)
+        hidden = self._calls.hidden if prefix is None else prefix
         hidden, states = hidden.to(self.student.dtype), {}
-        if batch.prefix is None:
+        if prefix is None:
             with torch.no_grad():
                 for index in range(self.prefix):
                     hidden = run_block(self.anatomy.blocks[index], self._calls, index, hidden)

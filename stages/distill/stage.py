@@ -1,12 +1,11 @@
 """Distil: make a smaller student and teach it the teacher's next-token distribution.
 
 Steps:
-  1. drop the blocks of least ablation harm, behind the prefix that stays shared, and measure the
-     harm of the others again after each (search.py)
-  2. close the gaps in closed form on calibration rows (student.py)
-  3. train what lies behind the prefix on the stored targets (objective.py); of several teachers
-     in sequence, protected or not, or mixed, with the retention matrix (several.py)
-  4. controls: the student before step 3, and some trained at the same budget without a part of
+  1. build the student (construction.py): the teacher less the blocks of least ablation harm, its
+     blocks narrower or not, refitted in closed form on calibration rows; or a new network
+  2. train what is not shared with the teacher on the stored targets (objective.py); of several
+     teachers in sequence, protected or not, or mixed, with the retention matrix (several.py)
+  3. controls: the student before step 2, and some trained at the same budget without a part of
      the loss (CONTROLS)
 
 reads    prepare   calibration rows
@@ -94,8 +93,13 @@ class Params:
         if self.kd_weight == self.ce_weight == 0:
             raise ValueError("'kd_weight' and 'ce_weight' are both 0; one of them must teach")
         check_controls(self.controls, self.losses)
-        if lookup("students", self.student).construction != "pruned":
-            raise ValueError(f"student '{self.student}' is a new network; only pruned ones so far")
+        is_mamba = lookup("students", self.student).construction == "mamba"
+        if is_mamba and self.protect and self.protect_share and self.schedule == "sequence":
+            raise ValueError(
+                f"'protect_share' is {self.protect_share:g}, but '{self.student}' is a state-space "
+                "model, which does more with its weights than multiply inputs, so that they cannot "
+                "be protected; set distill.protect_share to 0, which leaves replay"
+            )
 
     @property
     def losses(self) -> dict[str, float]:
@@ -105,11 +109,12 @@ class Params:
 
 
 def run(params: Params, job: Job) -> Metrics:
-    """Build, patch, train, and train the controls; see the module's steps."""
+    """Build, train, and train the controls; see the module's steps."""
     import torch
 
     from modeling.blocks import dissect
     from modeling.loading import locate, open_model, open_tokenizer
+    from stages.distill.construction import Source, construct
     from stages.distill.objective import Weights
     from stages.distill.several import Course, check_vocabulary, teach
     from stages.distill.training import Lesson, train
@@ -119,19 +124,20 @@ def run(params: Params, job: Job) -> Metrics:
     opened = open_targets(params, job)
     teacher_name, targets = next(iter(opened.items()))
     profile = job.inputs("profile")[teacher_name]
-    importance = read_importance(profile)
-    prefix = targets.header.prefix_blocks
-    harms = [block.harm for block in importance]
+    harms = [block.harm for block in read_importance(profile)]
     location = locate(teacher_name)
     teacher, tokenizer = open_model(location), open_tokenizer(location)
     check_vocabulary(len(dissect(teacher).head.weight), opened)
     rows = torch.from_numpy(read_all_rows(job.input("prepare"), "calibration", params.seed))
-    dropped, order = choose_blocks(teacher, harms, prefix, rows, params, job)
-    student, explained = build(teacher, dropped, rows[: params.patch_rows], params, job)
+    built = construct(Source(teacher, harms, targets.header.prefix_blocks, rows, params, job))
+    student = built.student
     save_student(student, tokenizer, job.output / "before_training")
 
     kept_out = params.retention_rows if len(opened) > 1 else 0
-    lesson = Lesson(targets, read_subspaces(profile), prefix, dropped, harms, params, kept_out)
+    subspaces = read_subspaces(profile)
+    lesson = Lesson(
+        targets, subspaces, built.prefix, built.dropped, harms, params, kept_out, built.lift
+    )
     course = Course.of(lesson, opened)
     full = Weights(**params.losses)
     untrained = {name: tensor.clone() for name, tensor in student.state_dict().items()}
@@ -143,7 +149,7 @@ def run(params: Params, job: Job) -> Metrics:
         rollbacks[name] = train(student, course.control, weights, job, name)
         save_student(student, tokenizer, job.output / name)
 
-    facts = {"teacher": teacher_name, "dropped": dropped, **order, "gap_explained": explained}
+    facts = {"teacher": teacher_name, **built.facts}
     facts["rollbacks"] = {phase: [asdict(back) for back in of] for phase, of in rollbacks.items()}
     if retention:
         facts["teachers"] = list(opened)
@@ -151,14 +157,13 @@ def run(params: Params, job: Job) -> Metrics:
     (job.output / "student.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return {
         "blocks": len(dissect(student).blocks),
-        "blocks_dropped": len(dropped),
         "rollbacks": sum(map(len, rollbacks.values())),
         "parameters": sum(p.numel() for p in student.parameters()),
         "parameters_of_teacher": sum(p.numel() for p in teacher.parameters()),
-        "gap_explained": sum(explained) / len(explained),
         "tokens_trained": course.control.params.steps
         * params.batch_rows
         * targets.header.row_tokens,
+        **built.metrics,
         **(retention.metrics() if retention else {}),
     }
 
@@ -192,38 +197,6 @@ def check_among(sections: Mapping[str, Any]) -> None:
     if extract := sections.get("extract"):
         samples = extract.samples if extract.answers == "sampled" else 0
         check_temperature(sections["distill"], samples)
-
-
-def choose_blocks(
-    teacher, harms: list[float], prefix: int, rows, params: Params, job: Job
-) -> tuple[list[int], dict[str, list]]:
-    """Step 1: the blocks to drop, by place; and in what order they went, with which harms."""
-    from stages.distill.search import Search, search_blocks
-
-    count = lookup("students", params.student).drop_blocks
-    search = job.resume(Search(harms, count, prefix), "search")
-    batches = rows[: params.search_rows].split(params.batch_rows)
-    for _ in search_blocks(teacher, batches, search, params.search_width):
-        job.step_done(search, len(search.dropped), count, "search", harm=search.harms[-1])
-    return sorted(search.dropped), {"order": search.dropped, "order_harms": search.harms}
-
-
-def build(teacher, dropped: list[int], rows, params: Params, job: Job) -> tuple:
-    """Step 2: the student before training, and each gap's explained residual.
-
-    Its weights are rounded to what is stored of them, so that the control is where training starts.
-    """
-    import torch
-
-    from stages.distill.student import build_student, close_gaps, find_gaps
-
-    student, gaps, explained = build_student(teacher, dropped), find_gaps(dropped), []
-    for share in close_gaps(teacher, student, gaps, rows, params.patch_ridge, batch_rows=8):
-        explained.append(share)
-        job.note("gaps", len(explained), len(gaps), explained=share)
-    for parameter in student.parameters():
-        parameter.data.copy_(parameter.data.to(torch.bfloat16))
-    return student, explained
 
 
 def open_targets(params: Params, job: Job) -> dict:

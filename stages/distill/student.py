@@ -1,13 +1,11 @@
 """Build the student: leave blocks out of the teacher and close the gaps in closed form.
 
 A gap is a run of dropped blocks. The block before it is refitted to do, as well as a linear map
-can, what the whole run did: its last matrix (the MLP's down-projection W) becomes W + dW with
-
-    dW = argmin  sum_n  w_n | r_n - dW a_n |^2  +  ridge * sum_j A_jj |dW_j|^2
-
-a_n the MLP's activations of token n in the student, r_n the teacher's state behind the gap less the
-student's, w_n = 1 / |teacher's state|^2, A = sum_n w_n a_n a_n^T. Gaps are closed from front to
-back, each on the states that the student really has by then.
+can, what the whole run did: its last matrix (the MLP's down-projection W) becomes W + dW by
+ridge least squares (least_squares.py). Its inputs a_n are the MLP's activations of token n in the
+student, what is missing r_n is the teacher's state behind the gap less the student's, and a token
+weighs w_n = 1 / |teacher's state|^2. Gaps are closed from front to back, each on the states that
+the student really has by then.
 
 Differs from ReplaceMe (Shopkhoev 2025), which fits a D x D map behind the block: fitting the
 F x D down-projection itself contains that map, adds no weights, and leaves a stock model.
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling.blocks import BlockCalls, capture_calls, dissect, drop_blocks, run_block
+from stages.distill.least_squares import Moments
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,14 @@ def close_gaps(
 
     tokens (N, T): calibration rows, never trained or measured on; R^2 is on these rows.
     """
-    streams = [_Stream(teacher, student, batch) for batch in tokens.split(batch_rows)]
+    streams = [Stream(teacher, student, batch) for batch in tokens.split(batch_rows)]
     shift = 0
     for gap in gaps:
         index = gap.bridge - shift  # the bridge's place in the student
         for stream in streams:
             stream.advance(gap.last + 1, index)
         projection = down_projection(streams[0].student_blocks[index])
-        yield _refit(projection, index, streams, ridge)
+        yield _refit(projection, streams, ridge)
         shift += gap.last - gap.first + 1
 
 
@@ -99,7 +98,7 @@ def down_projection(block: nn.Module) -> nn.Linear:
     return next(iter(found.values()))
 
 
-class _Stream:
+class Stream:
     """One batch moving through teacher and student side by side, no further than needed."""
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, tokens: Tensor) -> None:
@@ -107,7 +106,7 @@ class _Stream:
         self.student_blocks = dissect(student).blocks
         self.teacher_calls: BlockCalls = capture_calls(teacher, tokens)
         self.student_calls: BlockCalls = capture_calls(student, tokens)
-        self.teacher = self.student = self.teacher_calls.hidden
+        self.teacher, self.student = self.teacher_calls.hidden, self.student_calls.hidden
         self.teacher_at = self.student_at = 0
 
     def advance(self, teacher_to: int, student_to: int) -> None:
@@ -120,33 +119,52 @@ class _Stream:
             self.student = run_block(block, self.student_calls, index, self.student)
         self.teacher_at, self.student_at = teacher_to, student_to
 
-    def bridge_activations(
-        self, index: int, projection: nn.Linear
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """MLP activations (N, F), residual to the teacher (N, D) and token weights (N, 1)."""
-        caught: list[Tensor] = []
-        hook = projection.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-        output = run_block(self.student_blocks[index], self.student_calls, index, self.student)
-        hook.remove()
-        wanted = self.teacher.flatten(0, 1).float()
-        weight = wanted.square().sum(-1, keepdim=True).reciprocal()
-        return caught[0].flatten(0, 1).float(), wanted - output.flatten(0, 1).float(), weight
+    def student_layer(self, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the student's next block, and stay: a layer's input and output, the block's output.
+
+        (N, F), (N, D), (N, D) float32, over all tokens.
+        """
+        index = self.student_at
+        block = self.student_blocks[index]
+        (caught,), output = caught_in(block, self.student_calls, index, self.student, [layer])
+        return (*(flat(tensor) for tensor in caught), flat(output))
 
 
-def _refit(projection: nn.Linear, index: int, streams: list[_Stream], ridge: float) -> float:
+def caught_in(
+    block: nn.Module, calls: BlockCalls, index: int, hidden: Tensor, layers: list[nn.Linear]
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Run one block: the input and the output of each of some of its layers, and its own output."""
+    caught: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def catch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        caught[layer] = inputs[0], output
+
+    handles = [layer.register_forward_hook(catch) for layer in layers]
+    try:
+        output = run_block(block, calls, index, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [caught[layer] for layer in layers], output
+
+
+def flat(hidden: Tensor) -> Tensor:
+    """All tokens in a row: (B, T, D) -> (N, D) float32."""
+    return hidden.flatten(0, 1).float()
+
+
+def token_weights(wanted: Tensor) -> Tensor:
+    """So that an error counts relative to the state (N, D) that it is an error of: (N, 1)."""
+    return wanted.square().sum(-1, keepdim=True).reciprocal()
+
+
+def _refit(projection: nn.Linear, streams: list[Stream], ridge: float) -> float:
     """Solve for one bridge and write it into its weights; give R^2."""
-    features, width = projection.in_features, projection.out_features
-    gram = torch.zeros(features, features)
-    cross = torch.zeros(features, width)
-    total = 0.0
+    moments = Moments.none(projection)
     for stream in streams:
-        a, r, w = stream.bridge_activations(index, projection)
-        gram += (a * w).T @ a
-        cross += (a * w).T @ r
-        total += (r.square() * w).sum().item()
-    diagonal = gram.diagonal()
-    diagonal = diagonal.clamp_min(1e-6 * diagonal.mean())  # a neuron that never fires
-    update = torch.linalg.solve(gram + ridge * torch.diag(diagonal), cross)  # (F, D)
-    left = total - 2 * (update * cross).sum().item() + (update * (gram @ update)).sum().item()
-    projection.weight += update.T.to(projection.weight.dtype)
-    return 1 - left / total
+        a, _, output = stream.student_layer(projection)
+        wanted = flat(stream.teacher)
+        moments = moments.plus(a, wanted - output, token_weights(wanted))
+    update, explained = moments.solve(ridge)
+    projection.weight += update.to(projection.weight.dtype)
+    return explained

@@ -7,11 +7,21 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modeling.blocks import dissect
 from modeling.protection import Bases
 from stages.contract import Job
-from stages.distill.objective import AnchorMaps, Objective, Weights, place_anchors, trainable
+from stages.distill.objective import (
+    Anchor,
+    AnchorMaps,
+    Objective,
+    Weights,
+    pair_by_depth,
+    place_anchors,
+    trainable,
+)
 from stages.formats.importance import Subspaces
 from stages.formats.targets import Batch, TeacherTargets
 from stages.recovery import Limits, Recovery, Rollback
@@ -25,16 +35,32 @@ if TYPE_CHECKING:
 class Lesson:
     """What a student is taught from; the same for the student and its control.
 
+    prefix: first blocks that are the teacher's own.  dropped: of the teacher's blocks; None where
+    the student is a new network.  harms: of the teacher's blocks.
     held_back: of the last rows, which are not taught, so that they can be measured on.
+    lift: (D_teacher, D_student), where the anchors' maps start, of a student with an embedding of
+    its own, which learns as its head does; None where both are the teacher's and stay.
     """
 
     targets: TeacherTargets
     subspaces: Subspaces
     prefix: int
-    dropped: list[int]
+    dropped: list[int] | None
     harms: list[float]
     params: "Params"
     held_back: int = 0
+    lift: Tensor | None = None
+
+    def anchors(self, student: PreTrainedModel) -> list[Anchor]:
+        """Which of the student's blocks are compared with which of the teacher's."""
+        blocks = self.targets.header.anchors
+        if self.dropped is None:
+            return pair_by_depth(blocks, len(dissect(student).blocks), self.harms)
+        return place_anchors(blocks, self.dropped, self.harms)
+
+    def trained(self, student: PreTrainedModel, maps: AnchorMaps) -> list[tuple[str, nn.Parameter]]:
+        """What learns, by name."""
+        return trainable(student, self.prefix, maps, vocabulary=self.lift is not None)
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Batches from step `start` on, each of which follows from the seed and its step alone."""
@@ -72,9 +98,10 @@ def train(
     What is trained is left without gradients, frozen.
     """
     params = lesson.params
-    anchors = place_anchors(lesson.targets.header.anchors, lesson.dropped, lesson.harms)
-    maps = AnchorMaps(anchors if weights.anchor else [], student.config.hidden_size)
-    named = trainable(student, lesson.prefix, maps)
+    anchors = lesson.anchors(student)
+    start = student.config.hidden_size if lesson.lift is None else lesson.lift
+    maps = AnchorMaps(anchors if weights.anchor else [], start)
+    named = lesson.trained(student, maps)
     if bases:
         named = [(name, p) for name, p in named if name.removesuffix(".weight") in bases]
     training = TrainState(named, params.learning_rate, params.steps, bases)
@@ -95,7 +122,7 @@ def train(
             job.say(f"{phase}: back from step {back.step} to {back.to_step}: {reason}")
             metrics["rollbacks"] = len(recovery.rollbacks)
         job.step_done(recovery, training.step, params.steps, phase, **metrics)
-    for _, parameter in trainable(student, lesson.prefix, maps):
+    for _, parameter in lesson.trained(student, maps):
         parameter.requires_grad_(False)
     return recovery.rollbacks
 

@@ -57,6 +57,29 @@ def gradient_of(hidden: Tensor, *arguments) -> tuple[Tensor, float, float, Tenso
 # --- head_loss -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 512])
+def test_a_head_that_is_trained_gets_the_gradient_of_a_dense_computation(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(modeling.losses, "CHUNK_TOKENS", chunk)
+    hidden, head, labels, teacher = example(8)
+    learnt, dense = head.clone().requires_grad_(), head.clone().requires_grad_()
+    targets = sparse_targets(teacher, 8)
+    (3 * head_loss(hidden, learnt, labels, targets, 0.7, 0.3, 2.0)[0]).backward()
+    kl, ce = dense_loss(hidden, dense, labels, teacher, 8, 2.0)
+    (3 * (0.7 * kl + 0.3 * ce)).backward()
+    torch.testing.assert_close(learnt.grad, dense.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_without_gradients_none_is_computed_for_a_head_that_is_trained() -> None:
+    hidden, head, labels, teacher = example(8)
+    with torch.no_grad():
+        loss, *_ = head_loss(
+            hidden, head.requires_grad_(), labels, sparse_targets(teacher, 8), 1.0, 0.0, 1.0
+        )
+    assert not loss.requires_grad
+
+
 @pytest.mark.parametrize("k", [1, 2, 8, V - 2, V - 1])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize(("kd_weight", "ce_weight"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.4)])
