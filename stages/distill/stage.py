@@ -26,6 +26,7 @@ from stages.contract import Job, Metrics, Stage
 from stages.params import require_at_least, require_one_of, require_within
 
 SCHEDULES = ("mixed", "sequence")
+OPTIMIZERS = ("adamw", "adamw_8bit")  # of stages/optimizers.py, which imports torch
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Params:
     protect_share: float
     protect_rows: int
     retention_rows: int
+    processes: int
+    gradient_checkpointing: bool
+    optimizer: str
     seed: int
 
     def __post_init__(self) -> None:
@@ -79,6 +83,13 @@ class Params:
         require_one_of(SCHEDULES, schedule=self.schedule)
         require_within(0.5, 1.0, protect_share=self.protect_share)
         require_at_least(1, protect_rows=self.protect_rows, retention_rows=self.retention_rows)
+        require_at_least(1, processes=self.processes)
+        require_one_of(OPTIMIZERS, optimizer=self.optimizer)
+        if self.batch_rows % self.processes:
+            raise ValueError(
+                f"'batch_rows' is {self.batch_rows}, which 'processes', {self.processes}, does not "
+                "divide; each process takes as many rows of a batch as the others"
+            )
         for weight in self.teacher_weights:
             require_within(1e-6, 1e6, teacher_weights=weight)
         if self.kd_weight == self.ce_weight == 0:
@@ -99,39 +110,41 @@ def run(params: Params, job: Job) -> Metrics:
     from stages.formats.importance import read_importance, read_subspaces
     from stages.formats.tokens import read_all_rows
 
+    device = take_device(params)
     opened = open_targets(params, job)
     teacher_name, targets = next(iter(opened.items()))
     profile = job.inputs("profile")[teacher_name]
-    importance = read_importance(profile)
     prefix = targets.header.prefix_blocks
-    harms = [block.harm for block in importance]
+    harms = [block.harm for block in read_importance(profile)]
     location = locate(teacher_name)
-    teacher, tokenizer = open_model(location), open_tokenizer(location)
+    teacher, tokenizer = open_model(location, device), open_tokenizer(location)
     rows = torch.from_numpy(read_all_rows(job.input("prepare"), "calibration", params.seed))
     dropped, order = choose_blocks(teacher, harms, prefix, rows, params, job)
     student, explained = build(teacher, dropped, rows[: params.patch_rows], params, job)
-    save_student(student, tokenizer, job.output / "before_training")
+    save_student(student, tokenizer, job, "before_training")
 
     held_back = params.retention_rows if len(opened) > 1 else 0
-    subspaces = read_subspaces(profile)
-    lesson = Lesson(targets, subspaces, prefix, dropped, harms, params, held_back)
+    lesson = Lesson(
+        targets, read_subspaces(profile), prefix, dropped, harms, params, held_back, job.ranks
+    )
     course = Course.of(lesson, opened)
     full = Weights(params.kd_weight, params.ce_weight, params.anchor_weight, params.temperature)
     untrained = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     retention, rollbacks = teach(student, course, full, job)
-    save_student(student, tokenizer, job.output / "student")
+    save_student(student, tokenizer, job, "student")
     if params.text_only_control:
         student.load_state_dict(untrained)
         alone = Weights(0.0, 1.0, 0.0, 1.0)
         rollbacks["text_only"] = train(student, course.text, alone, job, "text_only")
-        save_student(student, tokenizer, job.output / "text_only")
+        save_student(student, tokenizer, job, "text_only")
 
     facts = {"teacher": teacher_name, "dropped": dropped, **order, "gap_explained": explained}
     facts["rollbacks"] = {phase: [asdict(back) for back in of] for phase, of in rollbacks.items()}
     if retention:
         facts["teachers"] = list(opened)
         show_retention(retention, job)
-    (job.output / "student.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    if job.leads:
+        (job.output / "student.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return {
         "blocks": len(dissect(student).blocks),
         "blocks_dropped": len(dropped),
@@ -142,6 +155,17 @@ def run(params: Params, job: Job) -> Metrics:
         "tokens_trained": course.text.params.steps * params.batch_rows * targets.header.row_tokens,
         **(retention.metrics() if retention else {}),
     }
+
+
+def take_device(params: Params):
+    """The device that all is computed on; refuses an optimizer that cannot run here, at once."""
+    from modeling.backends import be_deterministic, default_device
+    from stages.optimizers import check_optimizer
+
+    check_optimizer(params.optimizer)
+    device = default_device()
+    be_deterministic(device)
+    return device
 
 
 def check_temperature(params: Params, samples: int) -> None:
@@ -169,9 +193,10 @@ def choose_blocks(
 
     count = lookup("students", params.student).drop_blocks
     search = job.resume(Search(harms, count, prefix), "search")
-    batches = rows[: params.search_rows].split(params.batch_rows)
+    batches = rows[: params.search_rows].to(teacher.device).split(params.batch_rows)
     for _ in search_blocks(teacher, batches, search, params.search_width):
         job.step_done(search, len(search.dropped), count, "search", harm=search.harms[-1])
+    search = job.ranks.of_lead(search)
     return sorted(search.dropped), {"order": search.dropped, "order_harms": search.harms}
 
 
@@ -185,11 +210,13 @@ def build(teacher, dropped: list[int], rows, params: Params, job: Job) -> tuple:
     from stages.distill.student import build_student, close_gaps, find_gaps
 
     student, gaps, explained = build_student(teacher, dropped), find_gaps(dropped), []
+    rows = rows.to(teacher.device)
     for share in close_gaps(teacher, student, gaps, rows, params.patch_ridge, batch_rows=8):
         explained.append(share)
         job.note("gaps", len(explained), len(gaps), explained=share)
     for parameter in student.parameters():
         parameter.data.copy_(parameter.data.to(torch.bfloat16))
+    job.ranks.copy_from_lead([*student.parameters()])
     return student, explained
 
 
@@ -228,6 +255,8 @@ def show_retention(retention, job: Job) -> None:
     """Write the retention matrix as a picture and as text, and print it."""
     from stages.distill.retention import draw_retention
 
+    if not job.leads:
+        return
     draw_retention(retention, "what is left of each skill", job.output / "retention.png")
     (job.output / "retention.txt").write_text(retention.table() + "\n", encoding="utf-8")
     job.show("retention.png")
@@ -235,12 +264,13 @@ def show_retention(retention, job: Job) -> None:
         job.say(line)
 
 
-def save_student(student, tokenizer, folder) -> None:
+def save_student(student, tokenizer, job: Job, name: str) -> None:
     """Write a folder that stock transformers opens: safetensors in bfloat16, config, tokenizer."""
     import torch
 
-    copy.deepcopy(student).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if job.leads:
+        copy.deepcopy(student).to(torch.bfloat16).save_pretrained(job.output / name)
+        tokenizer.save_pretrained(job.output / name)
 
 
 STAGE = Stage("distill", Params, run, check_among)

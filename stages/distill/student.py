@@ -136,8 +136,9 @@ class _Stream:
 def _refit(projection: nn.Linear, index: int, streams: list[_Stream], ridge: float) -> float:
     """Solve for one bridge and write it into its weights; give R^2."""
     features, width = projection.in_features, projection.out_features
-    gram = torch.zeros(features, features)
-    cross = torch.zeros(features, width)
+    device = projection.weight.device
+    gram = torch.zeros(features, features, device=device)
+    cross = torch.zeros(features, width, device=device)
     total = 0.0
     for stream in streams:
         a, r, w = stream.bridge_activations(index, projection)

@@ -1,4 +1,9 @@
-"""The training loop of distill: one for the student, one for its control."""
+"""The training loop of distill: one for the student, one for its control.
+
+On a GPU the host waits for it twice a step: for the loss, and for the gradients' norm. In several
+processes each learns from its share of every batch's rows; the loss is a mean over tokens, and all
+shares are alike, so that the mean of their gradients is the whole batch's, up to rounding.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +15,11 @@ from transformers import PreTrainedModel
 
 from modeling.protection import Bases
 from stages.contract import Job
+from stages.distill.feeding import feed
 from stages.distill.objective import AnchorMaps, Objective, Weights, place_anchors, trainable
 from stages.formats.importance import Subspaces
 from stages.formats.targets import Batch, TeacherTargets
+from stages.ranks import ALONE, Ranks
 from stages.recovery import Limits, Recovery, Rollback
 from stages.training import TrainState
 
@@ -25,6 +32,7 @@ class Lesson:
     """What a student is taught from; the same for the student and its control.
 
     held_back: of the last rows, which are not taught, so that they can be measured on.
+    ranks: who shares the rows of each batch.
     """
 
     targets: TeacherTargets
@@ -34,6 +42,7 @@ class Lesson:
     harms: list[float]
     params: "Params"
     held_back: int = 0
+    ranks: Ranks = ALONE
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Batches from step `start` on, each of which follows from the seed and its step alone."""
@@ -43,8 +52,9 @@ class Lesson:
         """The same of any teacher's targets: rows kept for validation or held back are left out."""
         p = self.params
         yield from targets.batches(
-            p.batch_rows, p.steps, p.seed, start, p.validation_rows, self.held_back
-        )
+            p.batch_rows, p.steps, p.seed, start, p.validation_rows, self.held_back,
+            self.ranks.share(p.batch_rows),
+        )  # fmt: skip
 
     def validation(self) -> Iterator[Batch]:
         """Rows that are never taught, to notice when training goes wrong."""
@@ -66,23 +76,30 @@ def train(
     often, and why, training was taken back (stages/recovery.py).
     What is trained is left without gradients, frozen.
     """
-    params = lesson.params
+    params, ranks = lesson.params, lesson.ranks
+    bases = ranks.of_lead(bases)
     anchors = place_anchors(lesson.targets.header.anchors, lesson.dropped, lesson.harms)
     maps = AnchorMaps(anchors if weights.anchor else [], student.config.hidden_size)
+    maps.to(student.device)
     named = trainable(student, lesson.prefix, maps)
     if bases:
         named = [(name, p) for name, p in named if name.removesuffix(".weight") in bases]
-    training = TrainState(named, params.learning_rate, params.steps, bases)
+    rate, steps = params.learning_rate, params.steps
+    training = TrainState(named, rate, steps, bases, params.optimizer, ranks)
     limits = Limits(params.spike, params.regression)
-    recovery = job.resume(Recovery(training, limits, job.folder / "best" / phase), phase)
-    objective = Objective(student, lesson.prefix, anchors, maps, lesson.subspaces, weights)
+    recovery = Recovery(training, limits, job.folder / "best" / phase, ranks.leads)
+    recovery = job.resume(recovery, phase)
+    objective = Objective(
+        student, lesson.prefix, anchors, maps, lesson.subspaces, weights,
+        params.gradient_checkpointing,
+    )  # fmt: skip
     validation = list(lesson.validation())
     if training.step == 0:
-        recovery.begin(_validate(objective, validation))
-    for batch in lesson.batches(training.step):
-        metrics, reason = _learn(objective, batch, recovery, params)
+        recovery.begin(_validate(objective, validation, ranks))
+    for batch in feed(lesson.batches(training.step), objective.device):
+        metrics, reason = _learn(objective, batch, recovery, params, ranks)
         if reason is None and _is_due(training.step, params):
-            metrics["validation"] = _validate(objective, validation)
+            metrics["validation"] = _validate(objective, validation, ranks)
             reason = recovery.validated(metrics["validation"])
         if reason is not None:
             back = recovery.roll_back(reason)
@@ -95,11 +112,12 @@ def train(
 
 
 def _learn(
-    objective: Objective, batch: Batch, recovery: Recovery, params: "Params"
+    objective: Objective, batch: Batch, recovery: Recovery, params: "Params", ranks: Ranks
 ) -> tuple[dict[str, float], str | None]:
     """One step: what was measured, or why the batch was passed over."""
     loss = objective(batch)
-    reason = recovery.refuses(loss.total.item())
+    whole, kl, ce, anchor = ranks.means([loss.total.item(), loss.kl, loss.ce, loss.anchor])
+    reason = recovery.refuses(whole)
     if reason is None:
         loss.total.backward()
         for matrix in objective.maps.parameters():  # of a mixed batch without anchors
@@ -111,8 +129,7 @@ def _learn(
     if reason is not None:
         recovery.state.pass_over()
         return {}, reason
-    parts = {"kl": loss.kl, "ce": loss.ce, "anchor": loss.anchor, "gradient_norm": norm}
-    return parts, None
+    return {"kl": kl, "ce": ce, "anchor": anchor, "gradient_norm": norm}, None
 
 
 def _is_due(step: int, params: "Params") -> bool:
@@ -120,6 +137,12 @@ def _is_due(step: int, params: "Params") -> bool:
 
 
 @torch.no_grad()
-def _validate(objective: Objective, batches: list[Batch]) -> float:
-    """The mean loss of rows that are never trained on."""
-    return mean(objective(batch).total.item() for batch in batches)
+def _validate(objective: Objective, batches: list[Batch], ranks: Ranks) -> float:
+    """The mean loss of rows that are never trained on; each process computes some batches.
+
+    All zeros but its own, summed, are the losses of one process to the bit.
+    """
+    losses = [0.0] * len(batches)
+    for number in range(ranks.index, len(batches), ranks.count):
+        losses[number] = objective(batches[number]).total.item()
+    return mean(ranks.sums(losses))

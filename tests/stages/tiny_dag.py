@@ -41,7 +41,8 @@ PARAMS = {
         "ce_weight": 0.2, "anchor_weight": 0.5, "validation_rows": 2, "validate_every": 3,
         "spike": 3.0, "regression": 0.25, "text_only_control": True,
         "schedule": "mixed", "teacher_order": [], "teacher_weights": [], "protect": True,
-        "protect_share": 0.95, "protect_rows": 4, "retention_rows": 2, "seed": 0,
+        "protect_share": 0.95, "protect_rows": 4, "retention_rows": 2, "processes": 1,
+        "gradient_checkpointing": False, "optimizer": "adamw", "seed": 0,
     },
 }  # fmt: skip
 
