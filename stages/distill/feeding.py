@@ -18,8 +18,15 @@ def feed(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     if device.type == "cpu":
         yield from batches
         return
-    for batch in read_ahead(batch.each(Tensor.pin_memory) for batch in batches):
+    for batch in read_ahead(_pinned(batches, device)):
         yield send(batch, device)
+
+
+def _pinned(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    for batch in batches:
+        with torch.cuda.device(device):  # each thread has a current device of its own, the first
+            pinned = batch.each(Tensor.pin_memory)
+        yield pinned
 
 
 def send(batch: Batch, device: torch.device) -> Batch:

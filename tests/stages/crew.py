@@ -53,7 +53,7 @@ def _run(rank: int, count: int, port: int, end: Any, function: Callable, argumen
 
     try:
         ranks = join_ranks()
-        # Bytes: multiprocessing's own pickler shares a tensor's memory, which goes with the process.
+        # multiprocessing's own pickler would share a tensor's memory, which goes with the process
         end.send_bytes(pickle.dumps((function(ranks, *arguments),)))
         ranks.leave()
     except (ValueError, RuntimeError, ArithmeticError, AssertionError, TypeError) as error:
