@@ -68,10 +68,10 @@ def _command(arguments: list[str], processes: int) -> list[str]:
 
 def _tell(folder: Path, agent: int, told: set[int]) -> None:
     """SIGTERM to the first process, or, before there is one, to the agent."""
-    try:
-        pid = json.loads((folder / "lock").read_text(encoding="utf-8"))["pid"]
-    except (FileNotFoundError, json.JSONDecodeError):
-        pid = agent
+    pid = agent
+    if outcome_path(folder, 0).is_file():  # else the lock may still name one that was killed
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            pid = json.loads((folder / "lock").read_text(encoding="utf-8"))["pid"]
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     told.add(pid)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from stages.__main__ import BAD_INPUT, DONE, FAILED, STOPPED
-from stages.launch import _command, _one_outcome
+from stages.launch import _command, _one_outcome, _tell
 from tests.stages.project import Project, make_project, wait_for
 from tests.stages.tiny_dag import TinyDag, make_tiny_dag
 from tests.tiny import REPOSITORY
@@ -79,6 +79,22 @@ def test_the_first_failure_is_the_reason(outcomes: list, state: str, reason: str
 def test_what_was_stopped_before_it_began_has_stopped() -> None:
     found = _one_outcome([RUNNING, {}], 1, was_stopped=True)
     assert found["state"] == "stopped" and found["token"] == "t"
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_lock_left_by_a_kill_names_nobody_to_signal(tmp_path: Path, has_begun: bool) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    agent, first = (subprocess.Popen(sleep) for _ in range(2))
+    (tmp_path / "lock").write_text(json.dumps({"pid": first.pid}))
+    if has_begun:
+        (tmp_path / "outcome.json").write_text("{}")
+    told: set[int] = set()
+    _tell(tmp_path, agent.pid, told)
+    asked, left = (first, agent) if has_begun else (agent, first)
+    assert asked.wait(10) == -signal.SIGTERM and told == {asked.pid}
+    assert left.poll() is None
+    left.kill()
+    left.wait()
 
 
 def test_accelerate_launches_the_same_stage(monkeypatch: pytest.MonkeyPatch) -> None:
