@@ -5,6 +5,7 @@ python -m modeling.backends --require unsloth   exit 2, saying what is missing, 
 """
 
 import importlib.util
+import os
 import sys
 
 import torch
@@ -35,6 +36,18 @@ def compute_dtype(device: torch.device) -> torch.dtype:
         features = torch.cpu.get_capabilities()
         has_units = any(there for name, there in features.items() if name.endswith("bf16"))
     return torch.bfloat16 if has_units else torch.float32
+
+
+def be_deterministic(device: torch.device) -> None:
+    """Have torch take, on a GPU, the kernels that give the same bits again, where there are such.
+
+    Sums by atomic additions come in an order of their own each time; where torch knows no other
+    way it warns. On a CPU nothing has to be chosen. Call it before anything is computed there.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def what_is_missing(package: str) -> list[str]:

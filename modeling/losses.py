@@ -102,7 +102,7 @@ class _HeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden)
         learns = ctx.needs_input_grad[1]  # else its gradient, as large as itself, is not computed
         head_gradient = torch.zeros_like(head, dtype=torch.float32) if learns else None
-        kl_sum = ce_sum = 0.0
+        sums = hidden.new_zeros(2, dtype=torch.float64)  # KL and CE; read once, at the end
         for start in range(0, count, CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
             chunk = _sampled_chunk if isinstance(targets, SampledTargets) else _chunk
@@ -110,12 +110,12 @@ class _HeadLoss(torch.autograd.Function):
                 (hidden[part] @ head.T).float(), labels[part], targets[part],
                 kd_weight, ce_weight, temperature,
             )  # fmt: skip
-            kl_sum, ce_sum = kl_sum + kl, ce_sum + ce
+            sums += torch.stack([kl, ce])
             gradient[part] = logit_gradient.to(head.dtype) @ head
             if learns:
                 head_gradient.addmm_(logit_gradient.T, hidden[part].float(), alpha=1 / count)
         ctx.save_for_backward(gradient / count, head_gradient)
-        kl, ce = kl_sum / count, ce_sum / count
+        kl, ce = (sums / count).tolist()
         return hidden.new_tensor(kd_weight * kl + ce_weight * ce, dtype=torch.float32), kl, ce
 
     @staticmethod
@@ -133,10 +133,10 @@ def _chunk(
     kd_weight: float,
     ce_weight: float,
     temperature: float,
-) -> tuple[float, float, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of KL and CE over n tokens, and the gradient of their weighted sum by the logits."""
     log_z = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-    ce = (log_z[:, 0] - logits.gather(-1, labels[:, None])[:, 0]).sum().item()
+    ce = (log_z[:, 0] - logits.gather(-1, labels[:, None])[:, 0]).sum().double()
     top = logits.gather(-1, targets.ids) - log_z  # (n, K) the student's log-probabilities
     p = logits.sub_(log_z).exp_()  # (n, V)
     p.scatter_(-1, targets.ids, 0.0)
@@ -144,7 +144,7 @@ def _chunk(
     q_log = torch.cat([top, tail.log()], -1).div(temperature).log_softmax(-1)
     t_log = torch.cat([targets.log_probs, targets.tail[:, None].clamp_min(TINY).log()], -1)
     t_log = t_log.div(temperature).log_softmax(-1)
-    kl = (t_log.exp() * (t_log - q_log)).sum().item() * temperature**2
+    kl = (t_log.exp() * (t_log - q_log)).sum().double() * temperature**2
     bucket = (q_log.exp() - t_log.exp()).mul_(kd_weight * temperature)  # (n, K + 1)
     p.mul_(bucket[:, -1:] / tail + ce_weight)
     p.scatter_(-1, targets.ids, bucket[:, :-1] + ce_weight * top.exp())
@@ -159,12 +159,12 @@ def _sampled_chunk(
     kd_weight: float,
     ce_weight: float,
     _temperature: float,
-) -> tuple[float, float, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `_chunk`, of draws."""
     log_z = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-    ce = (log_z[:, 0] - logits.gather(-1, labels[:, None])[:, 0]).sum().item()
+    ce = (log_z[:, 0] - logits.gather(-1, labels[:, None])[:, 0]).sum().double()
     log_q = logits.gather(-1, targets.ids) - log_z  # (n, K)
-    kl = (targets.log_prob - (targets.shares * log_q).sum(-1)).sum().item()
+    kl = (targets.log_prob - (targets.shares * log_q).sum(-1)).sum().double()
     p = logits.sub_(log_z).exp_().mul_(kd_weight + ce_weight)  # (n, V)
     p.scatter_add_(-1, targets.ids, targets.shares.to(p.dtype) * -kd_weight)
     p.scatter_add_(-1, labels[:, None], torch.full_like(log_z, -ce_weight))

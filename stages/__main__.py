@@ -6,6 +6,7 @@ scratch/NODE/outcome.json says it in one line, because DVC's exit code is 255 fo
     python -m stages --check [FILE]   check every section of params.yaml (or FILE) and stop
 """
 
+import contextlib
 import importlib
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 from stages.contract import Job, Stage, write_json
 from stages.declaration import read_declaration
+from stages.launch import launch, outcome_path
 from stages.params import read_params_file, read_section
 from stages.process import (
     Busy,
@@ -28,6 +30,7 @@ from stages.process import (
     peak_memory_bytes,
     spin_briefly,
 )
+from stages.ranks import announced, join_ranks
 
 ROOT = Path.cwd()
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3
@@ -57,9 +60,14 @@ def main(arguments: list[str]) -> int:
     name, item = arguments[0], (arguments[1:] or [None])[0]
     node = name if item is None else f"{name}@{item}"
     outcome = {"token": os.environ.get("NANOFOUNDRY_TOKEN", ""), "state": "running"}
-    report = ROOT / "scratch" / node / "outcome.json"
+    folder = ROOT / "scratch" / node
+    rank, ranks = announced()
+    report = outcome_path(folder, rank)
     try:
-        with only_one(ROOT / "scratch" / node / "lock", node):
+        processes = processes_of(name, item)
+        if ranks == 1 < processes:
+            return report_of(launch(arguments, processes, folder, stop), node, report)
+        with only_one(folder / "lock", node) if rank == 0 else contextlib.nullcontext():
             write_json(report, outcome)
             fingerprint = run_stage(
                 name,
@@ -71,12 +79,13 @@ def main(arguments: list[str]) -> int:
         code = DONE
     except Stopped as stopped:
         outcome |= {"state": "stopped", "reason": str(stopped)}
-        code = STOPPED
+        code = STOPPED if ranks == 1 else DONE  # else the launcher would take it for a failure
     except (
         Exception,
         KeyboardInterrupt,
     ) as error:  # the door: every failure is reported, none lost
         outcome |= {"state": "failed", "reason": reason_of(error), "retry": may_pass(error)}
+        outcome["time_s"] = time.time()
         if not isinstance(error, (ValueError, FileNotFoundError, Busy)):
             traceback.print_exc()
         code = BAD_INPUT if isinstance(error, (ValueError, FileNotFoundError)) else FAILED
@@ -86,6 +95,31 @@ def main(arguments: list[str]) -> int:
     return code
 
 
+def processes_of(name: str, item: str | None) -> int:
+    """In how many processes a stage is to run, by its parameters; checks them on the way.
+
+    Raises ValueError where a launcher has started another number of them.
+    """
+    read_declaration(ROOT, name, item)
+    params = read_section(ROOT / "params.yaml", name, find_stage(name).params)
+    wanted, (_, there) = getattr(params, "processes", 1), announced()
+    if there not in (1, wanted):
+        raise ValueError(
+            f"{there} processes of stage '{name}' were started, but its parameters say {wanted}; "
+            f"set {name}.processes where the stage has it, and run python -m stages {name}"
+        )
+    return wanted
+
+
+def report_of(outcome: dict[str, Any], node: str, report: Path) -> int:
+    """Leave the outcome of several processes where that of one would be; give the exit code."""
+    write_outcome(report, outcome)
+    if outcome["state"] == "done":
+        return DONE
+    print(f"{node}: {outcome['reason']}", file=sys.stderr)
+    return STOPPED if outcome["state"] == "stopped" else outcome.get("code", FAILED)
+
+
 def run_stage(
     name: str, item: str | None, stop: StopRequest, on_begin: Callable[[Job], None]
 ) -> str:
@@ -93,15 +127,19 @@ def run_stage(
     declaration = read_declaration(ROOT, name, item)
     stage = find_stage(name)
     params = read_section(ROOT / "params.yaml", name, stage.params)
-    job = Job(ROOT, declaration, stop)
+    ranks = join_ranks()
+    job = Job(ROOT, declaration, stop, ranks)
     on_begin(job)
     if job.is_complete():
         job.say("was complete before; publishing it again")
     else:
         began, cpu = time.monotonic(), time.process_time()
         metrics = stage.run(params, job)
-        job.complete(metrics, usage_since(began, cpu))
-    job.publish()
+        if job.leads:
+            job.complete(metrics, usage_since(began, cpu))
+    if job.leads:
+        job.publish()
+    ranks.leave()
     return job.fingerprint
 
 

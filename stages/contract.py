@@ -11,6 +11,9 @@ knows nothing of DVC, Prefect or MLflow.
     artifacts/NODE                          the published output
 
 DVC deletes a stage's outs before it runs, so nothing that must survive a crash lives in artifacts/.
+
+A stage whose parameters have a field `processes` may run in several (stages/launch.py). Each has a
+Job; that of the first writes all of this, those of the others nothing.
 """
 
 import json
@@ -28,6 +31,7 @@ from stages.declaration import Declaration
 from stages.digests import MANIFEST, fingerprint, write_manifest
 from stages.process import Stopped, StopRequest
 from stages.progress import Progress
+from stages.ranks import ALONE, Ranks
 
 Metrics = dict[str, float]
 State = TypeVar("State", bound=Resumable)
@@ -55,8 +59,11 @@ class Stage:
 class Job:
     """One execution of one stage: where it reads, where it writes, how it goes on and stops."""
 
-    def __init__(self, root: Path, declaration: Declaration, stop: StopRequest) -> None:
+    def __init__(
+        self, root: Path, declaration: Declaration, stop: StopRequest, ranks: Ranks = ALONE
+    ) -> None:
         self.root = root
+        self.ranks = ranks
         self.declaration = declaration
         self.node = declaration.node
         self.item = declaration.item
@@ -68,18 +75,28 @@ class Job:
                 )
         self.fingerprint = fingerprint(root, declaration)
         self.folder = root / "scratch" / self.node / self.fingerprint[:16]
-        self.output = self.folder / "output"
-        self.output.mkdir(parents=True, exist_ok=True)
-        for torn in self.output.rglob(".tmp*"):  # safetensors' own, of a write that was killed
-            torn.unlink()
-        self.folder.touch()
-        self._forget_older_work()
-        self.progress = Progress(self.folder / "metrics.jsonl", self.node)
+        if self.leads:
+            self._begin()
         self._stop = stop
         self._last_checkpoint = time.monotonic()
         self._checkpoint_took_s = 0.0
         self._shown: list[str] = []
         self._measured: Metrics = {}
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes; always so when it is alone."""
+        return self.ranks.leads
+
+    @property
+    def output(self) -> Path:
+        """Where the stage's files go; raises RuntimeError in a process that must not write."""
+        if not self.leads:
+            raise RuntimeError(
+                f"process {self.ranks.index} of {self.ranks.count} of '{self.node}' wanted to "
+                "write output, which the first one alone does; ask job.leads before"
+            )
+        return self.folder / "output"
 
     def input(self, stage: str) -> Path:
         """The folder of a finished stage; raises ValueError for one not declared in dvc.yaml."""
@@ -103,11 +120,12 @@ class Job:
         Only checkpoints of the same fingerprint (parameters, inputs, code, libraries) count.
         """
         self._last_checkpoint = time.monotonic()
-        checkpoint, problems = newest_checkpoint(self._checkpoints(phase))
+        checkpoint, problems = self.ranks.of_lead(newest_checkpoint(self._checkpoints(phase)))
         for problem in problems:
             self.say(f"damaged checkpoint: {problem}")
         step = step_of(checkpoint) if checkpoint else 0
-        self.progress.cut_back(phase, step)
+        if self.leads:
+            self.progress.cut_back(phase, step)
         if checkpoint:
             fresh.load(checkpoint)
             self.say(f"going on from step {step} of {phase}")
@@ -118,25 +136,29 @@ class Job:
     ) -> None:
         """Record a step; write a checkpoint when one is due; after SIGTERM checkpoint and stop.
 
-        Raises Stopped when asked to stop. The last step of a phase is always checkpointed, so that
-        a later phase never repeats an earlier one.
+        Raises Stopped when asked to stop, in all processes when one of them is asked. The last step
+        of a phase is always checkpointed, so that a later phase never repeats an earlier one.
         """
-        self.progress.add(phase, step, total, metrics)
+        if self.leads:
+            self.progress.add(phase, step, total, metrics)
+        stops = self.ranks.any(self._stop.requested)
         began = time.monotonic()
         wait_s = CHECKPOINT_EVERY_S and max(
             CHECKPOINT_EVERY_S, self._checkpoint_took_s / CHECKPOINT_SHARE
         )
-        if began - self._last_checkpoint >= wait_s or step == total or self._stop.requested:
+        is_due = began - self._last_checkpoint >= wait_s or step == total or stops
+        if self.leads and is_due:
             save_checkpoint(state, self._checkpoints(phase), step)
             self._last_checkpoint = time.monotonic()
             self._checkpoint_took_s = self._last_checkpoint - began
-        if self._stop.requested:
+        if stops:
             raise Stopped(f"stopped at step {step} of {total}; run it again to go on from there")
 
     def note(self, phase: str, step: int, total: int, **metrics: float) -> None:
         """Record a step that is cheap enough to be done again after an interruption."""
-        self.progress.cut_back(phase, step - 1)
-        self.progress.add(phase, step, total, metrics)
+        if self.leads:
+            self.progress.cut_back(phase, step - 1)
+            self.progress.add(phase, step, total, metrics)
 
     def show(self, name: str) -> None:
         """Name a picture or report in `output` that reviewers should see in MLflow."""
@@ -147,9 +169,10 @@ class Job:
         self._measured.update(values)
 
     def say(self, text: str) -> None:
-        """Print one line to the stage's log."""
-        sys.stdout.write(f"{self.node}: {text}\n")
-        sys.stdout.flush()
+        """Print one line to the stage's log; in the first process only."""
+        if self.leads:
+            sys.stdout.write(f"{self.node}: {text}\n")
+            sys.stdout.flush()
 
     def is_complete(self) -> bool:
         """Whether this work is done and only its publication was interrupted."""
@@ -176,6 +199,15 @@ class Job:
         staging.rename(target)
         result = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         write_json(self.root / self.declaration.metrics, result["metrics"])
+
+    def _begin(self) -> None:
+        """Make the folders, and clear away what a kill has left in them."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        for torn in self.output.rglob(".tmp*"):  # safetensors' own, of a write that was killed
+            torn.unlink()
+        self.folder.touch()
+        self._forget_older_work()
+        self.progress = Progress(self.folder / "metrics.jsonl", self.node)
 
     def _checkpoints(self, phase: str) -> Path:
         return self.folder / "checkpoints" / phase

@@ -52,12 +52,18 @@ class Rollback:
 class Recovery:
     """A training state with a memory of its best one."""
 
-    def __init__(self, state: TrainState, limits: Limits, folder: Path) -> None:
-        """folder: where best states are kept, of this phase alone."""
+    def __init__(
+        self, state: TrainState, limits: Limits, folder: Path, writes: bool = True
+    ) -> None:
+        """folder: where best states are kept, of this phase alone.
+
+        writes: False in processes that train along with the one that writes the best states.
+        """
         self.state = state
         self.limits = limits
         self.rollbacks: list[Rollback] = []
         self._folder = folder
+        self._writes = writes
         self._recent: list[float] = []
         self._unit = math.inf  # the loss before training
         self._best_loss = math.inf
@@ -133,12 +139,13 @@ class Recovery:
         self._saved_best = self._best_step
 
     def _keep(self, loss: float) -> None:
-        part = self._place(self.state.step).with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        self.state.save(part)
-        shutil.rmtree(self._place(self.state.step), ignore_errors=True)
-        part.rename(self._place(self.state.step))
+        if self._writes:
+            part = self._place(self.state.step).with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            self.state.save(part)
+            shutil.rmtree(self._place(self.state.step), ignore_errors=True)
+            part.rename(self._place(self.state.step))
         self._best_loss, self._best_step = loss, self.state.step
 
     def _place(self, step: int) -> Path:

@@ -2,6 +2,9 @@
 
 Weights are bfloat16 for the matrix units; the optimizer works on float32 master copies, because a
 learning rate of 3e-4 is below bfloat16's resolution.
+
+In several processes (stages/ranks.py) each has all of it, and the same to the bit: they take the
+same steps, with the mean of their gradients.
 """
 
 import math
@@ -13,13 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modeling.protection import Bases, project
+from stages.optimizers import ADAMW, make_optimizer, state_of, take_state
+from stages.ranks import ALONE, Ranks
 
 
 class TrainState:
-    """Trainable parameters with their float32 masters, AdamW (Loshchilov 2019) and a step count.
+    """Trainable parameters with their float32 masters, an optimizer and a step count.
 
     bases: protected subspaces of layers' inputs, for parameters named LAYER.weight. Their gradients
     are projected, and then their steps too, since Adam's division by element turns them back.
+    optimizer: a name in stages/optimizers.py.  ranks: who trains together.
     """
 
     def __init__(
@@ -28,6 +34,8 @@ class TrainState:
         learning_rate: float,
         steps: int,
         bases: Bases | None = None,
+        optimizer: str = ADAMW,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.step = 0
         self.scale = 1.0  # of the learning rate; less after a loss has run away
@@ -40,18 +48,13 @@ class TrainState:
             name: nn.Parameter(parameter.detach().float().clone())
             for name, parameter in self._live.items()
         }
+        self._ranks = ranks
         self._bases = {
-            name: basis
+            name: basis.to(self._masters[name].device)
             for layer, basis in (bases or {}).items()
             if (name := f"{layer}.weight") in self._masters
         }
-        self._optimizer = torch.optim.AdamW(
-            self._masters.values(),
-            lr=learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-            fused=True,
-        )
+        self._optimizer = make_optimizer(optimizer, self._masters.values(), learning_rate)
 
     def update(self, warmup: float, clip: float) -> float:
         """Take one optimizer step with the gradients that are there; give their norm.
@@ -62,6 +65,7 @@ class TrainState:
         for name, parameter in self._live.items():
             self._masters[name].grad = parameter.grad.float()
             parameter.grad = None
+        self._ranks.average([master.grad for master in self._masters.values()])
         for name, basis in self._bases.items():
             self._masters[name].grad = project(self._masters[name].grad, basis)
         norm = nn.utils.clip_grad_norm_(self._masters.values(), clip).item()
@@ -89,24 +93,27 @@ class TrainState:
         self.step += 1
 
     def save(self, folder: Path) -> None:
-        """Write masters, both moments and the step as safetensors."""
+        """Write masters, the optimizer's state and the step as safetensors."""
         scale = torch.tensor(self.scale, dtype=torch.float64)
         tensors: dict[str, Tensor] = {"step": torch.tensor(self.step), "scale": scale}
         for name, master in self._masters.items():
             tensors[f"master.{name}"] = master.data
-            for key, value in self._optimizer.state.get(master, {}).items():
+            for key, value in state_of(self._optimizer, master).items():
                 tensors[f"{key}.{name}"] = value
         save_file(tensors, folder / "train.safetensors")
 
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote, to the bit."""
         tensors = load_file(folder / "train.safetensors")
-        self.step, self.scale = int(tensors["step"]), float(tensors["scale"])
+        self.step, self.scale = int(tensors.pop("step")), float(tensors.pop("scale"))
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in self._masters}
+        for place, tensor in tensors.items():
+            key, _, name = place.partition(".")
+            if key != "master":
+                states[name][key] = tensor
         for name, master in self._masters.items():
             master.data.copy_(tensors[f"master.{name}"])
-            state = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if state["step"] is not None:
-                self._optimizer.state[master] = state
+            take_state(self._optimizer, master, states[name])
         self._copy_to_live()
 
     @torch.no_grad()

@@ -28,6 +28,8 @@ DOORS = {
     "dvc": ["flows/plan.py"],
     "dvc_data": ["flows/plan.py"],
     "dvc_objects": ["flows/plan.py"],
+    "accelerate": ["stages/ranks.py"],
+    "bitsandbytes": ["stages/optimizers.py"],
     "peft": ["modeling/lora.py"],
     "unsloth": ["modeling/backends.py"],
     "flash_attn": ["modeling/backends.py"],

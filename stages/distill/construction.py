@@ -28,7 +28,7 @@ from stages.distill.student import build_student, close_gaps, find_gaps
 from stages.distill.width import BlockFit, narrow
 
 if TYPE_CHECKING:
-    from stages.distill.stage import Params
+    from stages.distill.params import Params
 
 BATCH_ROWS = 8  # calibration rows at a time
 
@@ -40,7 +40,7 @@ class Source:
     teacher: PreTrainedModel
     harms: list[float]  # of the teacher's blocks
     prefix: int  # first blocks whose output is in the targets
-    rows: Tensor  # (N, T) calibration rows
+    rows: Tensor  # (N, T) calibration rows, on the teacher's device
     params: "Params"
     job: Job
 
@@ -70,6 +70,7 @@ def construct(source: Source) -> Construction:
         built = shrink(entry, source) if entry.keep else shorten(entry, source)
     for parameter in built.student.parameters():
         parameter.data.copy_(parameter.data.to(torch.bfloat16))
+    source.job.ranks.copy_from_lead([*built.student.parameters()])
     return built
 
 
@@ -129,4 +130,5 @@ def choose_blocks(count: int, prefix: int, source: Source) -> tuple[list[int], d
     batches = source.rows[: params.search_rows].split(params.batch_rows)
     for _ in search_blocks(source.teacher, batches, search, params.search_width):
         job.step_done(search, len(search.dropped), count, "search", harm=search.harms[-1])
+    search = job.ranks.of_lead(search)
     return sorted(search.dropped), {"order": search.dropped, "order_harms": search.harms}

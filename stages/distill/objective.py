@@ -20,10 +20,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from modeling.blocks import BlockCalls, capture_calls, dissect, run_block
 from modeling.losses import head_loss
+from stages.distill.feeding import send
 from stages.drift import counterparts
 from stages.formats.importance import Subspaces
 from stages.formats.targets import Batch
@@ -130,14 +132,21 @@ class Objective:
         maps: AnchorMaps,
         subspaces: Subspaces,
         weights: Weights,
+        recompute: bool = False,
     ) -> None:
+        """recompute: keep only each block's input for the backward pass (gradient checkpointing,
+        Chen 2016); the same gradients, for a forward pass more."""
         self.student, self.prefix, self.weights = student, prefix, weights
         self.anatomy = dissect(student)
-        self.anchors, self.maps, self.subspaces = anchors, maps, subspaces
+        self.device = self.anatomy.head.weight.device
+        self.anchors, self.maps = anchors, maps.to(self.device)
+        self.subspaces = subspaces.to(self.device)
+        self._run = self._recomputed if recompute else run_block
         self._calls: BlockCalls | None = None
 
     def __call__(self, batch: Batch) -> Loss:
         """Compute the loss of one batch; back-propagate from its `total`."""
+        batch = send(batch, self.device)
         hidden, states = self._forward(batch)
         labels, targets = batch.next_token()
         w = self.weights
@@ -162,12 +171,19 @@ class Objective:
                 for index in range(self.prefix):
                     hidden = run_block(self.anatomy.blocks[index], self._calls, index, hidden)
         for index in range(self.prefix, len(self.anatomy.blocks)):
-            hidden = run_block(self.anatomy.blocks[index], self._calls, index, hidden)
+            hidden = self._run(self.anatomy.blocks[index], self._calls, index, hidden)
             states[index] = hidden
         return hidden, states
 
+    @staticmethod
+    def _recomputed(block: nn.Module, calls: BlockCalls, index: int, hidden: Tensor) -> Tensor:
+        return checkpoint(
+            run_block, block, calls, index, hidden,
+            use_reentrant=False, preserve_rng_state=False,  # evaluation mode: nothing is drawn
+        )  # fmt: skip
+
     def _anchor_loss(self, batch: Batch, states: dict[int, Tensor]) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.device)
         if self.weights.anchor == 0 or not batch.anchors:
             return total
         for anchor in self.anchors:

@@ -32,10 +32,11 @@ from stages.distill.objective import AnchorMaps, Objective, Weights
 from stages.distill.retention import Retention
 from stages.distill.training import Lesson, train
 from stages.formats.targets import Batch, TeacherTargets
+from stages.ranks import ALONE
 from stages.recovery import Rollback
 
 if TYPE_CHECKING:
-    from stages.distill.stage import Params
+    from stages.distill.params import Params
 
 MIXED, SEQUENCE = "mixed", "sequence"
 BARE = Weights(kd=1.0, ce=0.0, anchor=0.0, temperature=1.0)  # to measure by
@@ -71,7 +72,10 @@ class GuestLesson(Lesson):
         yield from map(bare, super().batches(start))
 
     def replays(self, start: int) -> Iterator[Batch | None]:
-        """Rows of earlier lessons at the pace of `replay_pace`; each lesson as it was taught."""
+        """Rows of earlier lessons at the pace of `replay_pace`; each lesson as it was taught.
+
+        Of several processes each repeats the same ones: there may be fewer rows than processes.
+        """
         p, count = self.params, len(self.earlier)
         rows, every = replay_pace(p)
         if not count or not rows:
@@ -79,7 +83,7 @@ class GuestLesson(Lesson):
             return
         own, given = replace(p, batch_rows=rows), start // every
         passes = [
-            replace(one, params=own).batches((given + count - 1 - place) // count)
+            replace(one, params=own, ranks=ALONE).batches((given + count - 1 - place) // count)
             for place, one in enumerate(self.earlier)
         ]
         for step in range(start, p.steps):

@@ -1,4 +1,9 @@
-"""The training loop of distill: one for the student, one for its control."""
+"""The training loop of distill: one for the student, one for its control.
+
+On a GPU the host waits for it twice a step: for the loss, and for the gradients' norm. In several
+processes each learns from its share of every batch's rows; the loss is a mean over tokens, and all
+shares are alike, so that the mean of their gradients is the whole batch's, up to rounding.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -13,6 +18,7 @@ from transformers import PreTrainedModel
 from modeling.blocks import dissect
 from modeling.protection import Bases
 from stages.contract import Job
+from stages.distill.feeding import feed
 from stages.distill.objective import (
     Anchor,
     AnchorMaps,
@@ -24,11 +30,12 @@ from stages.distill.objective import (
 )
 from stages.formats.importance import Subspaces
 from stages.formats.targets import Batch, TeacherTargets
+from stages.ranks import ALONE, Ranks
 from stages.recovery import Limits, Recovery, Rollback
 from stages.training import TrainState
 
 if TYPE_CHECKING:
-    from stages.distill.stage import Params
+    from stages.distill.params import Params
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Lesson:
     held_back: of the last rows, which are not taught, so that they can be measured on.
     lift: (D_teacher, D_student), where the anchors' maps start, of a student with an embedding of
     its own, which learns as its head does; None where both are the teacher's and stay.
+    ranks: who shares the rows of each batch.
     """
 
     targets: TeacherTargets
@@ -50,6 +58,7 @@ class Lesson:
     params: "Params"
     held_back: int = 0
     lift: Tensor | None = None
+    ranks: Ranks = ALONE
 
     def anchors(self, student: PreTrainedModel) -> list[Anchor]:
         """Which of the student's blocks are compared with which of the teacher's."""
@@ -70,8 +79,9 @@ class Lesson:
         """The same of any teacher's targets: rows kept for validation or held back are left out."""
         p = self.params
         yield from targets.batches(
-            p.batch_rows, p.steps, p.seed, start, p.validation_rows, self.held_back
-        )
+            p.batch_rows, p.steps, p.seed, start, p.validation_rows, self.held_back,
+            self.ranks.share(p.batch_rows),
+        )  # fmt: skip
 
     def replays(self, start: int) -> Iterator[Batch | None]:
         """What is repeated of earlier lessons beside each batch from `start` on; endless."""
@@ -97,25 +107,31 @@ def train(
     often, and why, training was taken back (stages/recovery.py).
     What is trained is left without gradients, frozen.
     """
-    params = lesson.params
+    params, ranks = lesson.params, lesson.ranks
+    bases = ranks.of_lead(bases)
     anchors = lesson.anchors(student)
     start = student.config.hidden_size if lesson.lift is None else lesson.lift
-    maps = AnchorMaps(anchors if weights.anchor else [], start)
+    maps = AnchorMaps(anchors if weights.anchor else [], start).to(student.device)
     named = lesson.trained(student, maps)
     if bases:
         named = [(name, p) for name, p in named if name.removesuffix(".weight") in bases]
-    training = TrainState(named, params.learning_rate, params.steps, bases)
+    rate, steps = params.learning_rate, params.steps
+    training = TrainState(named, rate, steps, bases, params.optimizer, ranks)
     limits = Limits(params.spike, params.regression)
-    recovery = job.resume(Recovery(training, limits, job.folder / "best" / phase), phase)
-    objective = Objective(student, lesson.prefix, anchors, maps, lesson.subspaces, weights)
+    recovery = Recovery(training, limits, job.folder / "best" / phase, ranks.leads)
+    recovery = job.resume(recovery, phase)
+    objective = Objective(
+        student, lesson.prefix, anchors, maps, lesson.subspaces, weights,
+        params.gradient_checkpointing,
+    )  # fmt: skip
     validation = list(lesson.validation())
     if training.step == 0:
-        recovery.begin(_validate(objective, validation))
-    passes = lesson.batches(training.step), lesson.replays(training.step)
-    for batch, replay in zip(*passes, strict=False):
-        metrics, reason = _learn(objective, batch, replay, recovery, params)
+        recovery.begin(_validate(objective, validation, ranks))
+    batches = feed(lesson.batches(training.step), objective.device)
+    for batch, replay in zip(batches, lesson.replays(training.step), strict=False):
+        metrics, reason = _learn(objective, batch, replay, recovery, params, ranks)
         if reason is None and _is_due(training.step, params):
-            metrics["validation"] = _validate(objective, validation)
+            metrics["validation"] = _validate(objective, validation, ranks)
             reason = recovery.validated(metrics["validation"])
         if reason is not None:
             back = recovery.roll_back(reason)
@@ -133,14 +149,17 @@ def _learn(
     replay: Batch | None,
     recovery: Recovery,
     params: "Params",
+    ranks: Ranks,
 ) -> tuple[dict[str, float], str | None]:
     """One step: what was measured of its own batch, or why it was passed over."""
     loss = objective(batch)
-    reason = recovery.refuses(loss.total.item())
+    whole, kl, ce, anchor = ranks.means([loss.total.item(), loss.kl, loss.ce, loss.anchor])
+    reason = recovery.refuses(whole)
     if reason is None:
         loss.total.backward()
         if replay is not None:  # each of its rows counts as much as one of the batch
-            (objective(replay).total * (len(replay.tokens) / len(batch.tokens))).backward()
+            share = len(replay.tokens) / (len(batch.tokens) * ranks.count)
+            (objective(replay).total * share).backward()
         for matrix in objective.maps.parameters():  # of a mixed batch without anchors
             matrix.grad = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
         try:
@@ -150,8 +169,7 @@ def _learn(
     if reason is not None:
         recovery.state.pass_over()
         return {}, reason
-    parts = {"kl": loss.kl, "ce": loss.ce, "anchor": loss.anchor, "gradient_norm": norm}
-    return parts, None
+    return {"kl": kl, "ce": ce, "anchor": anchor, "gradient_norm": norm}, None
 
 
 def _is_due(step: int, params: "Params") -> bool:
@@ -159,6 +177,12 @@ def _is_due(step: int, params: "Params") -> bool:
 
 
 @torch.no_grad()
-def _validate(objective: Objective, batches: list[Batch]) -> float:
-    """The mean loss of rows that are never trained on."""
-    return mean(objective(batch).total.item() for batch in batches)
+def _validate(objective: Objective, batches: list[Batch], ranks: Ranks) -> float:
+    """The mean loss of rows that are never trained on; each process computes some batches.
+
+    All zeros but its own, summed, are the losses of one process to the bit.
+    """
+    losses = [0.0] * len(batches)
+    for number in range(ranks.index, len(batches), ranks.count):
+        losses[number] = objective(batches[number]).total.item()
+    return mean(ranks.sums(losses))

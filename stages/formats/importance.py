@@ -43,6 +43,10 @@ class Subspaces:
     basis: Tensor
     variance: Tensor
 
+    def to(self, device: torch.device) -> "Subspaces":
+        """The same on a device."""
+        return Subspaces(*(tensor.to(device) for tensor in vars(self).values()))
+
     def whiten(self, block: int, hidden: Tensor) -> Tensor:
         """Coordinates of unit variance in the block's subspace: (..., D) -> (..., R) float32.
 

@@ -39,6 +39,7 @@ from stages.digests import Damaged, file_digest
 HEADER = "targets.json"
 VERSION = 2  # of the format; 1 had no draws, and a prefix of no blocks
 MOST_SAMPLES = (1 << 16) - 1  # that counts can tell
+WHOLE = slice(None)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,15 @@ class Batch:
     targets: Targets  # of (B, T) positions
     prefix: Tensor | None  # (B, T, D) bfloat16; None where the prefix has no blocks
     anchors: dict[int, Tensor]  # block -> (B, T, S) float32
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with a function of each tensor."""
+        return Batch(
+            tokens=function(self.tokens),
+            targets=self.targets.each(function),
+            prefix=None if self.prefix is None else function(self.prefix),
+            anchors={block: function(tensor) for block, tensor in self.anchors.items()},
+        )
 
     def next_token(self) -> tuple[Tensor, Targets]:
         """Labels and teacher targets of all positions that have a next token: B (T - 1) of them."""
@@ -179,13 +189,20 @@ class TeacherTargets:
             yield self.rows(picks)
 
     def batches(
-        self, rows: int, steps: int, seed: int, start: int, reserved: int = 0, held_back: int = 0
+        self,
+        rows: int,
+        steps: int,
+        seed: int,
+        start: int,
+        reserved: int = 0,
+        held_back: int = 0,
+        part: slice = WHOLE,
     ) -> Iterator[Batch]:
         """Give batches `start` to `steps` of a shuffled, endless pass over all rows.
 
         What batch n holds follows from n and the seed alone: an interrupted pass goes on exactly.
         reserved, held_back: of the first and of the last rows, which are never given, so that they
-        can be measured on.
+        can be measured on.  part: of each batch, which alone is read.
         """
         there = self.header.rows - reserved - held_back
         per_epoch = there // rows
@@ -199,7 +216,7 @@ class TeacherTargets:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step // per_epoch)
             order = reserved + torch.randperm(there, generator=generator)
             first = step % per_epoch * rows
-            yield self.rows(order[first : first + rows])
+            yield self.rows(order[first : first + rows][part])
 
 
 def _top(stacked: Callable[[str], Tensor]) -> SparseTargets:

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from stages.distill.objective import Weights
+from stages.distill.params import Params
 from stages.distill.several import Course, held_out
-from stages.distill.stage import Params
 from stages.distill.training import Lesson
 from stages.formats.targets import TeacherTargets
 from tests.stages.lessons import PREFIX, rows, subspaces_of, teacher, write_targets

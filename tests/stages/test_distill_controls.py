@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling.loading import open_model
-from stages.distill.stage import Params
+from stages.distill.params import Params
 from tests.stages.tiny_dag import PARAMS, TinyDag, make_tiny_dag
 
 

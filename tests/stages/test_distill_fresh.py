@@ -18,7 +18,7 @@ from stages.distill.objective import (
     pair_by_depth,
     trainable,
 )
-from stages.distill.stage import Params
+from stages.distill.params import Params
 from stages.distill.training import Lesson, train
 from stages.formats.targets import TeacherTargets
 from stages.process import Stopped

@@ -213,6 +213,43 @@ def test_the_text_alone_teaches_nothing_about_the_teacher(batch: Batch) -> None:
     torch.testing.assert_close(one, two, atol=1e-4 * one.norm().item(), rtol=0)
 
 
+def test_recomputed_blocks_give_the_same_loss_and_gradients_to_the_bit(batch: Batch) -> None:
+    found = []
+    for recompute in (False, True):
+        student = build_student(teacher().float(), [4])
+        goal = objective(student, Weights(1.0, 0.2, 0.5, 1.0), [4])
+        goal = Objective(
+            student, PREFIX, goal.anchors, goal.maps, SUBSPACES, goal.weights, recompute
+        )
+        loss = goal(batch)
+        loss.total.backward()
+        named = trainable(student, PREFIX, goal.maps)
+        found.append((loss.total.detach(), {name: p.grad for name, p in named}))
+    (plain, expected), (recomputed, gradients) = found
+    assert torch.equal(plain, recomputed)
+    assert gradients.keys() == expected.keys()
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+def test_recomputing_keeps_only_the_inputs_of_blocks(batch: Batch) -> None:
+    kept = []
+    for recompute in (False, True):
+        student = build_student(teacher().float(), [4])
+        goal = objective(student, KD, [4])
+        goal = Objective(student, PREFIX, [], goal.maps, SUBSPACES, KD, recompute)
+        elements = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal elements
+            elements += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            goal(batch)
+        kept.append(elements)
+    assert kept[1] < 0.5 * kept[0]
+
+
 def test_rows_of_another_length_are_taken_as_they_come(tmp_path: Path, batch: Batch) -> None:
     student = student_without(4)
     goal = objective(student, KD, [4])

@@ -43,7 +43,7 @@ PARAMS = {
         "spike": 3.0, "regression": 0.25, "controls": ["text_only"],
         "schedule": "mixed", "teacher_order": [], "teacher_weights": [], "protect": True,
         "replay_share": 0.25, "protect_share": 0.95, "protect_rows": 4, "retention_rows": 2,
-        "seed": 0,
+        "processes": 1, "gradient_checkpointing": False, "optimizer": "adamw", "seed": 0,
     },
 }  # fmt: skip
 
