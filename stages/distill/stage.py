@@ -144,6 +144,19 @@ def run(params: Params, job: Job) -> Metrics:
     }
 
 
+def check_first(teacher: str, prepared) -> None:
+    """Refuse to cut a student, who reads the rows, from a teacher with another tokenizer."""
+    from modeling.loading import locate, open_tokenizer
+    from stages.formats.tokens import maker_of, same_tokenizer
+
+    if not same_tokenizer(prepared, open_tokenizer(locate(teacher))):
+        raise ValueError(
+            f"the student is cut from the first teacher, '{teacher}', which has another tokenizer "
+            f"than '{maker_of(prepared)}', which made the rows; name a teacher of that tokenizer "
+            f"first in distill.teacher_order, or set prepare.tokenizer to {teacher}"
+        )
+
+
 def check_temperature(params: Params, samples: int) -> None:
     """Refuse a temperature of which targets of so many draws a position tell nothing."""
     if samples and params.temperature != 1:
@@ -199,6 +212,7 @@ def open_targets(params: Params, job: Job) -> dict:
 
     folders = job.inputs("extract")
     order = order_teachers(params, list(folders))
+    check_first(order[0], job.input("prepare"))
     opened = {name: TeacherTargets(folders[name]) for name in order}
     for targets in opened.values():
         check_temperature(params, targets.header.samples)
