@@ -112,6 +112,7 @@ class Translation:
         self._teacher, self._student = _Sorted(self.teacher), _Sorted(self.student)
         self._pairs: dict[tuple[bytes, bool], Pairs] = {}
         self._merged: dict[Before, Tensor] = {}
+        self._never: dict[int, list[bytes]] = {}
         self._splits: dict[bytes, tuple[list[int], list[int]]] = {}
 
     def pairs(self, begun: bytes, whole: bool = True) -> Pairs:
@@ -144,11 +145,12 @@ class Translation:
     def _never_after(self, token: int) -> list[bytes]:
         """What follows a student's token only as a part of a longer one."""
         last = self.student.tokens[token]
-        if not last:
-            return []
-        seen = [self.student.tokens[n] or b"" for n in self.observed.neighbours.get(token, ())]
-        rests = [self.student.tokens[n][len(last) :] for n in self._student.longer_than(last)]
-        return [rest for rest in rests if not any(piece.startswith(rest) for piece in seen)]
+        if token not in self._never and last:
+            seen = [self.student.tokens[n] or b"" for n in self.observed.neighbours.get(token, ())]
+            begun = {piece[:size] for piece in seen for size in range(1, len(piece) + 1)}
+            rests = (self.student.tokens[n][len(last) :] for n in self._student.longer_than(last))
+            self._never[token] = [rest for rest in rests if rest not in begun]
+        return self._never.get(token, [])
 
     def masses(self, p: Tensor, before: Sequence[Before]) -> Tensor:
         """The student's next-token probabilities (n, S), of the teacher's p (n, V); float32.
