@@ -1,17 +1,20 @@
-"""A teacher with another tokenizer: its stored targets, aligned, against text that it wrote.
+"""A teacher with another tokenizer: its answers, translated, against text that it wrote.
 
     .venv/bin/python benchmarks/other_tokenizer.py            # minutes; one thread, float32
+    .venv/bin/python benchmarks/other_tokenizer.py --teacher-tokens 768 --student-tokens 1536
 
 On Python's documentation, split by document: a teacher with a BPE tokenizer of its own is trained
 here, and students (another BPE, half the vocabulary, smaller) from the same start with the same
 number of steps and tokens a step, by
-    text        cross-entropy on the text
-    written     cross-entropy on text that the teacher wrote: sequence-level distillation (Kim and
-                Rush 2016), the usual way where tokenizers differ
-    aligned     the teacher's stored top 64 on the text (modeling/aligned_loss.py), no cross-entropy
-    aligned+    the same and half as much cross-entropy on the text
-Measured on held-out documents: bits a byte, which no tokenizer enters, and the KL of aligned_loss
-(nats a common boundary, a lower bound of the texts' KL). Mean and range over the seeds.
+    text              cross-entropy on the text
+    written           cross-entropy on text that the teacher wrote: sequence-level distillation (Kim
+                      and Rush 2016), the usual way where tokenizers differ
+    written+text      the same, half of each batch from the text
+    translated        the teacher's top 64 on the text, in the student's tokens
+                      (modeling/translation.py), no cross-entropy
+    translated+text   the same and half as much cross-entropy on the text
+Measured on held-out documents: bits a byte, which no tokenizer enters, and KL from the teacher's
+whole translated distribution (nats a token). Mean and range over the seeds; core-seconds a student.
 Of one teacher and one small corpus, and of students trained for seconds: which way is better at
 scale does not follow.
 """
@@ -20,7 +23,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 import numpy as np
@@ -30,11 +33,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from modeling.aligned_loss import aligned_loss
-from modeling.aligned_rows import StudentRow, TeacherRow, align_rows
-from modeling.alignment import Candidates, find_candidates
-from modeling.answers import Answers
+from modeling.losses import TINY, SparseTargets, head_loss
 from modeling.token_bytes import Vocabulary, encode_bytes, vocabulary_of
+from stages.extract.translating import Translated
+from stages.formats.other_tokens import Tongues
 from stages.formats.tokens import encode_probe
 from stages.prepare.clean import Document
 from stages.prepare.pack import pack_rows, split_documents
@@ -43,7 +45,15 @@ from stages.prepare.sources import python_docs
 ROW_TOKENS, TOP_K, PROMPT_TOKENS = 128, 64, 16
 BATCH_ROWS, HELDOUT_ROWS = 8, 64
 RATE = 1e-2  # peak
-WAYS = {"text": (0.0, 1.0), "written": (0.0, 1.0), "aligned": (1.0, 0.0), "aligned+": (1.0, 0.5)}
+
+
+WAYS = {  # weight of the answers, weight of cross-entropy, share of rows that the teacher wrote
+    "text": (0.0, 1.0, 0.0),
+    "written": (0.0, 1.0, 1.0),
+    "written+text": (0.0, 1.0, 0.5),
+    "translated": (1.0, 0.0, 0.0),
+    "translated+text": (1.0, 0.5, 0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -112,24 +122,6 @@ def text_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def store(teacher: LlamaForCausalLM, reader: Reader, texts: list[bytes]) -> list[TeacherRow]:
-    """The teacher's answers on rows of bytes, in its own tokens, rounded as targets are stored."""
-    stored = []
-    for text in texts:
-        ids, ends = encode_bytes(reader.tokenizer, reader.vocabulary, text)
-        logits = teacher(torch.tensor([ids])).logits[0]
-        top = Answers.of(logits, TOP_K).targets()
-        following = torch.tensor([*ids[1:], 0])[:, None]
-        actual = logits.log_softmax(-1).gather(-1, following)[:, 0]
-        kept = (top.log_probs, top.tail.log(), actual)
-        log_probs, log_tail, actual = (part.half().float().numpy() for part in kept)
-        stored.append(
-            TeacherRow(np.array(ids), ends, top.ids.numpy(), log_probs, np.exp(log_tail), actual)
-        )
-    return stored
-
-
-@torch.no_grad()
 def write(teacher: LlamaForCausalLM, reader: Reader, texts: list[bytes], seed: int) -> list[str]:
     """What the teacher writes after the beginning of each text, and that beginning."""
     torch.manual_seed(seed)
@@ -145,11 +137,23 @@ def write(teacher: LlamaForCausalLM, reader: Reader, texts: list[bytes], seed: i
     return written
 
 
-def batch_of(candidates, reader: Reader, rows: np.ndarray, stored: list[TeacherRow]) -> tuple:
-    """Labels and aligned targets of some rows, and where the teacher's mass is."""
-    students = [StudentRow(row, reader.vocabulary.ends(row)) for row in rows]
-    targets, arrays = align_rows(candidates, students, stored)
-    return torch.from_numpy(rows[:, 1:]).flatten(), targets, arrays
+@torch.no_grad()
+def answer(teacher: LlamaForCausalLM, translated: Translated) -> SparseTargets:
+    """What is stored of all rows."""
+    parts = []
+    for number, row in enumerate(translated.read):
+        p = teacher(torch.from_numpy(row.tokens)[None]).logits[0].softmax(-1)
+        parts.append(translated.answers_on_row(number, p))
+    ids, log_probs, tail = (
+        torch.stack([part[name] for part in parts]) for name in ("ids", "log_probs", "tail")
+    )
+    return SparseTargets(ids.long(), log_probs.float(), tail.float().exp())
+
+
+def next_of(rows: np.ndarray, targets: SparseTargets) -> tuple[Tensor, SparseTargets]:
+    """Labels and targets of all positions that have a next token: B (T - 1) of them."""
+    labels = torch.from_numpy(rows[:, 1:]).flatten()
+    return labels, targets[:, :-1].each(lambda tensor: tensor.flatten(0, 1))
 
 
 def hidden_of(model: LlamaForCausalLM, rows: np.ndarray) -> Tensor:
@@ -157,13 +161,26 @@ def hidden_of(model: LlamaForCausalLM, rows: np.ndarray) -> Tensor:
     return model.model(torch.from_numpy(rows)).last_hidden_state[:, :-1].flatten(0, 1)
 
 
+def answer_loss(
+    model: LlamaForCausalLM, rows: np.ndarray, targets: SparseTargets, kd: float, ce: float
+) -> Tensor:
+    """As head_loss, which has the head frozen; less the teacher's entropy."""
+    labels, targets = next_of(rows, targets)
+    log_q = model.lm_head(hidden_of(model, rows)).log_softmax(-1)
+    others = log_q.exp().scatter(-1, targets.ids, 0.0).sum(-1).clamp_min(TINY).log()
+    listed = (targets.log_probs.exp() * log_q.gather(-1, targets.ids)).sum(-1)
+    return ce * cross_entropy(log_q, labels) - kd * (listed + targets.tail * others).mean()
+
+
 @torch.no_grad()
-def measure(model: LlamaForCausalLM, reader: Reader, rows: np.ndarray, batch: tuple) -> tuple:
+def measure(
+    model: LlamaForCausalLM, reader: Reader, rows: np.ndarray, exam: SparseTargets
+) -> tuple[float, float]:
     """Bits a byte and KL on held-out rows."""
-    labels, targets, _ = batch
-    loss = aligned_loss(hidden_of(model, rows), model.lm_head.weight, labels, targets, 1, 0, 1)
+    labels, targets = next_of(rows, exam)
+    _, kl, ce = head_loss(hidden_of(model, rows), model.lm_head.weight, labels, targets, 1, 0, 1)
     bytes_of_labels = sum(len(reader.vocabulary.tokens[n]) for n in labels.tolist())
-    return loss[2] * len(labels) / bytes_of_labels / math.log(2), loss[1]
+    return ce * len(labels) / bytes_of_labels / math.log(2), kl
 
 
 @dataclass(frozen=True)
@@ -171,25 +188,24 @@ class Material:
     """What students learn from and are measured on; row n of `stored` is of row n of `rows`."""
 
     reader: Reader
-    candidates: Candidates
     rows: np.ndarray  # (R, T)
-    stored: list[TeacherRow]
+    stored: SparseTargets
     written: np.ndarray  # (R', T)
     heldout: np.ndarray
-    exam: tuple
+    exam: SparseTargets
 
     def losses(self, student: LlamaForCausalLM, way: str, steps: int, seed: int) -> Iterator:
         """The loss of each step."""
-        source = self.written if way == "written" else self.rows
-        kd, ce = WAYS[way]
-        for picks in order(len(source), steps, seed):
-            if not kd:
-                yield text_loss(student, torch.from_numpy(source[picks]))
+        kd, ce, share = WAYS[way]
+        passes = order(len(self.rows), steps, seed), order(len(self.written), steps, seed + 100)
+        for picks, others in zip(*passes, strict=True):
+            if kd:
+                targets = self.stored[torch.from_numpy(picks)]
+                yield answer_loss(student, self.rows[picks], targets, kd, ce)
                 continue
-            chosen = [self.stored[pick] for pick in picks]
-            labels, targets, _ = batch_of(self.candidates, self.reader, source[picks], chosen)
-            hidden = hidden_of(student, source[picks])
-            yield aligned_loss(hidden, student.lm_head.weight, labels, targets, kd, ce, 1.0)[0]
+            count = round(BATCH_ROWS * share)
+            parts = [self.rows[picks[count:]], self.written[others[:count]]]
+            yield text_loss(student, torch.from_numpy(np.concatenate(parts)))
 
 
 def train_teacher(documents: list[Document], reader: Reader, width: int, steps: int):
@@ -204,26 +220,53 @@ def train_teacher(documents: list[Document], reader: Reader, width: int, steps: 
 
 def prepare(teacher, big: Reader, small: Reader, splits: dict, most_rows: int) -> Material:
     """Rows, the teacher's answers on them, and what it writes; says what there is."""
-    candidates = find_candidates(big.vocabulary, small.vocabulary)
     rows = pack_rows(splits["train"], small.tokenizer, ROW_TOKENS, 0)[:most_rows]
     heldout = pack_rows(splits["heldout"], small.tokenizer, ROW_TOKENS, 0)[:HELDOUT_ROWS]
-    texts = [[small.vocabulary.join(row) for row in part] for part in (rows, heldout)]
+    tongues = Tongues(small.vocabulary, big.tokenizer, big.vocabulary)
     began = time.process_time()
-    stored, examined = (store(teacher, big, part) for part in texts)
-    print(f"targets of {rows.size:,} tokens: {time.process_time() - began:.0f} s")
-    exam = batch_of(candidates, small, heldout, examined)
-    shares = ", ".join(f"{name} {share:.3f}" for name, share in exam[2].shares().items())
-    share = len(exam[1].positions) / exam[0].numel()
-    print(f"common boundaries: {share:.3f} of positions; mass: {shares}")
-    nats = -sum(row.next_log_prob[:-1].sum() for row in examined)
-    count = sum(row.ends[-1] - row.ends[0] for row in examined)
-    print(f"teacher: {nats / count / math.log(2):.4f} bits a byte")
+    translated = Translated.of(rows, tongues, TOP_K)
+    stored = answer(teacher, translated)
+    seconds = time.process_time() - began
+    inside = mean(bool(place.before.begun) for row in translated.read for place in row.places)
+    print(
+        f"targets of {rows.size:,} tokens: {seconds:.0f} s; {inside:.3f} of the positions lie "
+        f"inside a teacher's token; tail {stored.tail.mean():.3f}"
+    )
+    whole = Translated.of(heldout, tongues, len(small.vocabulary.tokens))
+    whole = replace(whole, translation=translated.translation)  # what was counted on other rows
     began = time.process_time()
-    pieces = enumerate(write(teacher, big, texts[0], 0))
+    texts = [small.vocabulary.join(row) for row in rows]
+    pieces = enumerate(write(teacher, big, texts, 0))
     documents = [Document("written", str(n), piece) for n, piece in pieces]
     written = pack_rows(documents, small.tokenizer, ROW_TOKENS, 0)
     print(f"written: {written.size:,} tokens, {time.process_time() - began:.0f} s", flush=True)
-    return Material(small, candidates, rows, stored, written, heldout, exam)
+    return Material(small, rows, stored, written, heldout, answer(teacher, whole))
+
+
+@torch.no_grad()
+def teacher_bits(teacher: LlamaForCausalLM, material: Material, big: Reader) -> float:
+    """The teacher's own bits a byte on the held-out rows, in its tokens."""
+    nats = count = 0
+    for row in material.heldout:
+        text = material.reader.vocabulary.join(row)
+        ids = torch.tensor([encode_bytes(big.tokenizer, big.vocabulary, text)[0]])
+        nats += cross_entropy(teacher(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        count += len(text)
+    return nats / count / math.log(2)
+
+
+def compare(material: Material, steps: int, seeds: int) -> None:
+    """Train students by all ways, and print a table."""
+    print("way              bits a byte              KL                       seconds")
+    for way in WAYS:
+        began, found = time.process_time(), []
+        for seed in range(seeds):
+            student = build(material.reader, 64, 2, seed)
+            train(student, steps, RATE, material.losses(student, way, steps, seed))
+            found.append(measure(student, material.reader, material.heldout, material.exam))
+        seconds = (time.process_time() - began) / seeds
+        columns = (f"{mean(c):.4f} ({min(c):.4f}-{max(c):.4f})" for c in zip(*found, strict=True))
+        print(f"{way:15}  {'  '.join(columns)}  {seconds:5.1f}", flush=True)
 
 
 def main() -> None:
@@ -233,6 +276,8 @@ def main() -> None:
     )
     parser.add_argument("--teacher-steps", type=int, default=500)
     parser.add_argument("--teacher-width", type=int, default=128)
+    parser.add_argument("--teacher-tokens", type=int, default=1536)
+    parser.add_argument("--student-tokens", type=int, default=768)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--rows", type=int, default=400, help="that students learn from")
     parser.add_argument("--seeds", type=int, default=3)
@@ -241,20 +286,13 @@ def main() -> None:
     documents = [Document("docs", name, text) for name, text in python_docs(0)]
     splits = split_documents(documents, 0.1, 0.01, seed=0)
     texts = [document.text for document in splits["train"]]
-    big, small = train_reader(texts, 1536), train_reader(texts[::2], 768)
+    big = train_reader(texts, options.teacher_tokens)
+    small = train_reader(texts[::2], options.student_tokens)
     assert encode_probe(big.tokenizer) != encode_probe(small.tokenizer)
     teacher = train_teacher(splits["train"], big, options.teacher_width, options.teacher_steps)
     material = prepare(teacher, big, small, splits, options.rows)
-    print("way        bits a byte              KL                       seconds")
-    for way in WAYS:
-        began, found = time.process_time(), []
-        for seed in range(options.seeds):
-            student = build(small, 64, 2, seed)
-            train(student, options.steps, RATE, material.losses(student, way, options.steps, seed))
-            found.append(measure(student, small, material.heldout, material.exam))
-        seconds = (time.process_time() - began) / options.seeds
-        columns = (f"{mean(c):.4f} ({min(c):.4f}-{max(c):.4f})" for c in zip(*found, strict=True))
-        print(f"{way:9}  {'  '.join(columns)}  {seconds:5.1f}", flush=True)
+    print(f"teacher: {teacher_bits(teacher, material, big):.4f} bits a byte", flush=True)
+    compare(material, options.steps, options.seeds)
 
 
 if __name__ == "__main__":

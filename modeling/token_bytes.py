@@ -81,10 +81,14 @@ def vocabulary_of(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
             tokens[token] = text.encode()
     if tokenizer.bos_token_id is not None:
         tokens[tokenizer.bos_token_id] = b""
-    if tokenizer.eos_token_id is not None:
-        tokens[tokenizer.eos_token_id] = END
-    make = _byte_level_split if read is _from_alphabet else _fallback_split
-    return Vocabulary(tuple(tokens), make(tokenizer))
+    end = tokenizer.eos_token_id
+    tokens = [None if piece == END else piece for piece in tokens]  # a byte that no text has
+    if end is not None:
+        tokens[end] = END
+    split = (_byte_level_split if read is _from_alphabet else _fallback_split)(tokenizer)
+    return Vocabulary(
+        tuple(tokens), lambda piece: [end] if piece == END and end is not None else split(piece)
+    )
 
 
 def encode(
@@ -119,7 +123,7 @@ def encode_bytes(
     is not the row's next byte: so that END has no place to compare, half a byte early. Raises
     ValueError as `encode`, and UnicodeDecodeError for bytes that are no text.
     """
-    late = next(n for n in range(4) if n == 3 or not _continues(row[n:]))
+    late = cut_at_start(row)
     early = next(n for n in range(4) if n == 3 or _is_whole(row[late : len(row) - n]))
     ids: list[int] = []
     ends: list[np.ndarray] = []
@@ -138,9 +142,9 @@ def encode_bytes(
     return ids, np.concatenate(ends)
 
 
-def _continues(piece: bytes) -> bool:
-    """Whether a piece begins inside a character."""
-    return bool(piece) and piece[0] & 0xC0 == 0x80
+def cut_at_start(row: bytes) -> int:
+    """How many bytes of a character that a row's start cuts it begins with."""
+    return next(n for n in range(4) if n == 3 or not (row[n:] and row[n] & 0xC0 == 0x80))
 
 
 def _is_whole(piece: bytes) -> bool:

@@ -86,6 +86,19 @@ def run(params: Params, job: Job) -> Metrics:
     }
 
 
+def check_first(teacher: str, prepared) -> None:
+    """Refuse to cut a student, who reads the rows, from a teacher with another tokenizer."""
+    from modeling.loading import locate, open_tokenizer
+    from stages.formats.tokens import maker_of, same_tokenizer
+
+    if not same_tokenizer(prepared, open_tokenizer(locate(teacher))):
+        raise ValueError(
+            f"the student is cut from the first teacher, '{teacher}', which has another tokenizer "
+            f"than '{maker_of(prepared)}', which made the rows; name a teacher of that tokenizer "
+            f"first in distill.teacher_order, or set prepare.tokenizer to {teacher}"
+        )
+
+
 def take_device(params: Params):
     """The device that all is computed on; refuses an optimizer that cannot run here, at once."""
     from modeling.backends import be_deterministic, default_device
@@ -106,6 +119,7 @@ def open_targets(params: Params, job: Job) -> dict:
     opened = {name: TeacherTargets(folders[name]) for name in order}
     for targets in opened.values():
         check_temperature(params, targets.header.samples)
+    check_first(order[0], job.input("prepare"))
     return opened
 
 

@@ -11,6 +11,7 @@ from modeling.losses import SparseTargets
 from modeling.refusals import refuse_unusual
 from modeling.samples import Samples, read_samples
 from modeling.streaming import Passage
+from stages.extract.translating import Translated
 from stages.formats.importance import Subspaces
 from stages.formats.targets import narrow, narrow_counts
 
@@ -32,6 +33,7 @@ class Wanted:
     anchors: tuple[int, ...]
     subspaces: Subspaces
     sampling: Sampling | None = None  # instead of the top k
+    translated: Translated | None = None  # of a teacher with another tokenizer
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ def _at_head(
     passage: Passage, tokens: list[Tensor], wanted: Wanted, first: int, vocabulary: int
 ) -> Iterator[dict[str, Tensor]]:
     """What is kept of each batch's next tokens."""
+    if wanted.translated is not None:
+        yield from wanted.translated.answers(passage, first // tokens[0].shape[1])
+        return
     if wanted.sampling is None:
         for batch, answers in enumerate(read_answers(passage, wanted.top_k)):
             yield as_tensors(answers.targets(), tokens[batch], vocabulary)

@@ -7,6 +7,10 @@ Steps, for all training rows, block by block (modeling/streaming.py):
   3. at the head, keep the most likely next tokens, their log-probabilities, and the others' mass;
      or tokens drawn from the whole distribution (modeling/samples.py)
 
+A teacher with another tokenizer than the rows' reads the same texts in its own tokens, and its
+answers are put into the rows' (modeling/translation.py); it leaves no states, since it has none
+where the rows' tokens end.
+
 reads    prepare   training rows
          profile   subspaces
 writes   shards of targets (stages/formats/targets.py)
@@ -67,18 +71,21 @@ def run(params: Params, job: Job) -> Metrics:
 
     from modeling.loading import locate, open_tokenizer
     from stages.formats.targets import write_header
-    from stages.formats.tokens import check_tokenizer, read_all_rows
+    from stages.formats.tokens import read_all_rows, same_tokenizer
 
     check_engine(params)
     prepared, location = job.input("prepare"), locate(job.item)
-    check_tokenizer(prepared, job.item, open_tokenizer(location))
+    tokenizer = open_tokenizer(location)
     rows = torch.from_numpy(read_all_rows(prepared, "train", params.seed))
     keep = by_vllm if params.engine == VLLM else by_blocks
+    if not same_tokenizer(prepared, tokenizer):
+        check_translatable(params, job.item)
+        keep = by_translation
     prefix, anchors = keep(params, location, rows, job)
     fields = {"teacher": job.item, "prefix_blocks": prefix, "anchors": anchors}
     samples = params.samples if params.answers == SAMPLED else 0
     write_header(job.output, samples, **fields, rows=len(rows), row_tokens=rows.shape[1])
-    return measure(job.output, rows.numel(), samples)
+    return measure(job.output, rows.numel(), samples, keep is by_translation)
 
 
 def by_blocks(params: Params, location, rows, job: Job) -> tuple[int, tuple[int, ...]]:
@@ -123,6 +130,47 @@ def by_vllm(params: Params, location, rows, job: Job) -> tuple[int, tuple[int, .
     return 0, ()
 
 
+def by_translation(params: Params, location, rows, job: Job) -> tuple[int, tuple[int, ...]]:
+    """Step 3 of a teacher with another tokenizer; gives that there is no prefix and no anchor."""
+    from modeling.loading import open_tokenizer
+    from modeling.teacher import open_teacher
+    from stages.extract.extraction import Extraction
+    from stages.extract.harvest import Wanted
+    from stages.extract.translating import Translated
+    from stages.formats.importance import read_subspaces
+    from stages.formats.other_tokens import open_tongues
+
+    tongues = open_tongues(job.input("prepare"), job.item, open_tokenizer(location))
+    check_fit(params, 0, 1, len(tongues.rows.tokens))
+    translated = Translated.of(rows.numpy(), tongues, params.top_k)
+    given = translated.given
+    job.say(
+        f"another tokenizer: rows of {rows.shape[1]} tokens are up to {given.shape[1]} of the "
+        "teacher's; answers are put into the rows' tokens, no prefix and no anchors are kept"
+    )
+    teacher = open_teacher(
+        location, params.engine, params.batch_rows * given.shape[1], given.numel()
+    )
+    job.say(teacher.plan.sentence)
+    wanted = Wanted(
+        params.top_k, 0, (), read_subspaces(job.input("profile")), translated=translated
+    )
+    Extraction(teacher, given, wanted, params.batch_rows, params.shard_rows, job).run()
+    teacher.close()
+    return 0, ()
+
+
+def check_translatable(params: Params, name: str) -> None:
+    """Refuse what a teacher with another tokenizer than the rows' cannot give."""
+    if params.answers == SAMPLED or params.engine == VLLM:
+        wrong = "answers" if params.answers == SAMPLED else "engine"
+        raise ValueError(
+            f"teacher '{name}' has another tokenizer than the rows, and its answers are put into "
+            f"their tokens from its whole distribution, so '{wrong}' cannot be "
+            f"'{getattr(params, wrong)}'; set extract.answers to {TOP_K} and extract.engine to auto"
+        )
+
+
 def check_engine(params: Params) -> None:
     """Refuse an engine that this machine does not have."""
     if params.engine == VLLM:
@@ -147,7 +195,7 @@ def check_fit(params: Params, prefix: int, blocks: int, vocabulary: int) -> None
         raise ValueError(f"'top_k' is {params.top_k}; the teacher has {vocabulary} tokens")
 
 
-def measure(folder: Path, tokens: int, samples: int) -> Metrics:
+def measure(folder: Path, tokens: int, samples: int, translated: bool) -> Metrics:
     """Sizes in bytes a token, and how much of the teacher's distribution is kept."""
 
     def bytes_per_token(pattern: str) -> float:
@@ -161,7 +209,10 @@ def measure(folder: Path, tokens: int, samples: int) -> Metrics:
     if samples:
         distinct, log_prob = (mean_of(folder, name) for name in ("distinct", "log_prob"))
         return {**sizes, "distinct_samples": round(distinct, 2), "entropy": round(-log_prob, 5)}
-    return {**sizes, "top_k_mass": round(1 - mean_of(folder, "tail", exponential=True), 5)}
+    mass = round(1 - mean_of(folder, "tail", exponential=True), 5)
+    if translated:
+        return {**sizes, "top_k_mass": mass, "from_text": round(mean_of(folder, "from_text"), 5)}
+    return {**sizes, "top_k_mass": mass}
 
 
 def mean_of(folder: Path, name: str, exponential: bool = False) -> float:

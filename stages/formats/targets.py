@@ -7,6 +7,8 @@
         ids        (R, T, K)  the teacher's K most likely next tokens, the most likely first
         log_probs  (R, T, K)  float16   and their log-probabilities
         tail       (R, T)     float16   the log of all other tokens' mass
+        from_text  (R, T)     uint8     only of a teacher with another tokenizer: 1 where it had no
+                                        answer, and the token that follows in the text is stored
       where it is S, draws from the teacher's distribution:
         ids        (E,)       the different tokens of each position, one position behind the other
         counts     (E,)       how many of the S draws gave each

@@ -54,17 +54,18 @@ def encode_probe(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return tokenizer(PROBE)["input_ids"]
 
 
-def check_tokenizer(folder: Path, name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a teacher to which the rows' token ids mean something else.
+def same_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the rows' token ids mean to it what they meant to the tokenizer that made them.
 
-    Told by encoding a probe, not by the size of the vocabulary. Raises ValueError.
+    Told by encoding a probe, not by the size of the vocabulary.
     """
     entry = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    if encode_probe(tokenizer) != entry["probe"]:
-        raise ValueError(
-            f"teacher '{name}' has another tokenizer than '{entry['name']}', which made the rows; "
-            f"set prepare.tokenizer to {name}, or choose teachers of one tokenizer"
-        )
+    return encode_probe(tokenizer) == entry["probe"]
+
+
+def maker_of(folder: Path) -> str:
+    """The teacher whose tokenizer made the rows."""
+    return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["name"]
 
 
 def write_documents(folder: Path, splits: dict[str, list[Any]]) -> None:

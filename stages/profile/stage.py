@@ -6,6 +6,8 @@ Steps, as calibration rows pass through the teacher block by block (measuring.py
   3. go on from its input, as if it were not there: ablation harm, with a bootstrap interval
   4. control: the harm of projecting its output onto its subspace, and onto a random one
 
+A teacher with another tokenizer than the rows' gets the same texts in its own tokens.
+
 Influence alone is no guide to what can be dropped (some blocks turn the state little and matter
 much), so `distill` goes by harm.
 
@@ -51,13 +53,18 @@ def run(params: Params, job: Job) -> Metrics:
     from modeling.loading import locate, open_tokenizer
     from modeling.teacher import open_teacher
     from stages.formats.importance import Subspaces, write_importance
-    from stages.formats.tokens import check_tokenizer, read_all_rows
+    from stages.formats.other_tokens import open_tongues, reread_rows
+    from stages.formats.tokens import read_all_rows, same_tokenizer
     from stages.profile.measuring import Measuring
     from stages.profile.picture import draw_profile
 
     prepared, location = job.input("prepare"), locate(job.item)
-    check_tokenizer(prepared, job.item, open_tokenizer(location))
-    rows = torch.from_numpy(read_all_rows(prepared, "calibration", params.seed))
+    tokenizer = open_tokenizer(location)
+    calibration = read_all_rows(prepared, "calibration", params.seed)
+    if not same_tokenizer(prepared, tokenizer):
+        job.say("another tokenizer than the rows': they are read again in the teacher's tokens")
+        calibration = reread_rows(calibration, open_tongues(prepared, job.item, tokenizer))
+    rows = torch.from_numpy(calibration)
     teacher = open_teacher(location, params.engine, params.batch_rows * rows.shape[1], rows.numel())
     job.say(teacher.plan.sentence)
     found = Measuring(teacher, rows, params, job).run().tensors

@@ -157,7 +157,10 @@ def test_a_student_that_is_not_finite_is_refused_before_any_step(
     ("changed", "message"),
     [
         ({"kd_weight": 0.0, "ce_weight": 0.0}, "'kd_weight' and 'ce_weight' are both 0"),
-        ({"student": "mamba-7m", "schedule": "sequence"}, "'protect_share' is 0.95, but 'mamba-7m'"),
+        (
+            {"student": "mamba-7m", "schedule": "sequence"},
+            "'protect_share' is 0.95, but 'mamba-7m'",
+        ),
         ({"student": "pruned-2"}, "unknown student 'pruned-2'.*pruned-27"),
         ({"temperature": 0.0}, "'temperature' is 0.0"),
         ({"learning_rate": -1e-4}, "'learning_rate' is -0.0001"),

@@ -78,9 +78,11 @@ class TinyDag:
         params[stage] |= values
         (self.root / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
 
-    def run(self, stage: str, stop: StopAt | None = None) -> dict[str, float]:
+    def run(
+        self, stage: str, stop: StopAt | None = None, teacher: str = TEACHER
+    ) -> dict[str, float]:
         """Run a stage to its end and publish it; give its metrics."""
-        item = TEACHER if stage == "extract" else None
+        item = teacher if stage in ("profile", "extract") else None
         job = Job(self.root, read_declaration(self.root, stage, item), stop or StopRequest())
         if stop:
             stop.watch(job)
