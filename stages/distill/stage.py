@@ -51,6 +51,7 @@ class Params:
     spike: float
     regression: float
     text_only_control: bool
+    fast_path: bool
     schedule: str
     teacher_order: tuple[str, ...]
     teacher_weights: tuple[float, ...]

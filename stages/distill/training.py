@@ -1,6 +1,7 @@
 """The training loop of distill: one for the student, one for its control."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
+from modeling.fast_path import fast_path
 from modeling.protection import Bases
 from stages.contract import Job
 from stages.distill.objective import AnchorMaps, Objective, Weights, place_anchors, trainable
@@ -77,18 +79,19 @@ def train(
     recovery = job.resume(Recovery(training, limits, job.folder / "best" / phase), phase)
     objective = Objective(student, lesson.prefix, anchors, maps, lesson.subspaces, weights)
     validation = list(lesson.validation())
-    if training.step == 0:
-        recovery.begin(_validate(objective, validation))
-    for batch in lesson.batches(training.step):
-        metrics, reason = _learn(objective, batch, recovery, params)
-        if reason is None and _is_due(training.step, params):
-            metrics["validation"] = _validate(objective, validation)
-            reason = recovery.validated(metrics["validation"])
-        if reason is not None:
-            back = recovery.roll_back(reason)
-            job.say(f"{phase}: back from step {back.step} to {back.to_step}: {reason}")
-            metrics["rollbacks"] = len(recovery.rollbacks)
-        job.step_done(recovery, training.step, params.steps, phase, **metrics)
+    with fast_path(student, job.say) if params.fast_path else nullcontext():
+        if training.step == 0:
+            recovery.begin(_validate(objective, validation))
+        for batch in lesson.batches(training.step):
+            metrics, reason = _learn(objective, batch, recovery, params)
+            if reason is None and _is_due(training.step, params):
+                metrics["validation"] = _validate(objective, validation)
+                reason = recovery.validated(metrics["validation"])
+            if reason is not None:
+                back = recovery.roll_back(reason)
+                job.say(f"{phase}: back from step {back.step} to {back.to_step}: {reason}")
+                metrics["rollbacks"] = len(recovery.rollbacks)
+            job.step_done(recovery, training.step, params.steps, phase, **metrics)
     for _, parameter in trainable(student, lesson.prefix, maps):
         parameter.requires_grad_(False)
     return recovery.rollbacks

@@ -39,7 +39,7 @@ PARAMS = {
         "patch_rows": 6, "patch_ridge": 0.1, "steps": 6, "batch_rows": 3,
         "learning_rate": 3e-3, "warmup": 0.1, "clip": 1.0, "temperature": 1.0, "kd_weight": 1.0,
         "ce_weight": 0.2, "anchor_weight": 0.5, "validation_rows": 2, "validate_every": 3,
-        "spike": 3.0, "regression": 0.25, "text_only_control": True,
+        "spike": 3.0, "regression": 0.25, "text_only_control": True, "fast_path": True,
         "schedule": "mixed", "teacher_order": [], "teacher_weights": [], "protect": True,
         "protect_share": 0.95, "protect_rows": 4, "retention_rows": 2, "seed": 0,
     },
