@@ -69,7 +69,7 @@ class _RMSNorm(torch.autograd.Function):
         scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()  # (N, 1)
         ctx.save_for_backward(hidden, weight, scale)
         normed = (x * scale).to(hidden.dtype)
-        return normed.mul_(weight).view(hidden.shape)
+        return (weight * normed).view(hidden.shape)  # wider where the weight is
 
     @staticmethod
     def backward(ctx, upstream):

@@ -13,11 +13,19 @@ never of a timing, so that a machine computes the same today and tomorrow:
     attention            bfloat16, rows of up to MOST_TOKENS; torch's flash kernel is as fast in
                          float32, and faster on long rows
 
-The results are the model's own to rounding, not to the bit.
+The results are the model's own to rounding, not to the bit; in bfloat16, attention's scores are
+rounded as in transformers' eager attention.
+
+Measured, forward and backward at SmolLM2's shape: on an AVX2 processor in float32, where matrix
+products are over eight tenths of a step, RMSNorm 1.3 times as fast as its own code, the MLP alike
+in time and with half of what it keeps, attention 0.9 times. On one with AMX in bfloat16, with
+prototypes of these: attention 1.7 to 3.9 times on rows of 112 to 256 tokens, all together 1.3 to
+1.5 times.
 """
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -81,9 +89,10 @@ def _replacement(module: nn.Module, say: Say) -> Forward | None:
     if "forward" in vars(module):
         say(f"the forward of {type(module).__name__} is replaced already")
         return None
-    forward, width = find(module)
+    takes_one = len(inspect.signature(module.forward).parameters) == 1  # no gate beside it
+    forward, width = find(module) if takes_one else (None, 0)
     if forward is None or not _agree(module, find, width):
-        say(f"{type(module).__name__} has a bias, another activation or another formula")
+        say(f"{type(module).__name__} has another formula, activation, bias or input")
         return None
     return forward
 
@@ -91,7 +100,8 @@ def _replacement(module: nn.Module, say: Say) -> Forward | None:
 def _norm_forward(norm: nn.Module) -> tuple[Forward | None, int]:
     """Our forward of an RMSNorm, and its width; None where its parameters are others."""
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if [name for name, _ in norm.named_parameters()] != ["weight"] or epsilon is None:
+    parameters = dict(norm.named_parameters())
+    if list(parameters) != ["weight"] or norm.weight.dim() != 1 or epsilon is None:
         return None, 0
     return partial(_run_norm, norm, epsilon), norm.weight.shape[-1]
 
