@@ -110,21 +110,6 @@ def test_the_seed_decides_what_is_learnt(targets: TeacherTargets, tmp_path: Path
     assert not same(results[0], results[2])
 
 
-def test_the_fast_path_changes_what_is_learnt_by_rounding_alone(
-    targets: TeacherTargets, tmp_path: Path
-) -> None:
-    curves = []
-    for fast in (True, False):
-        student = build_student(teacher(), DROPPED).float()
-        project = make_project(tmp_path / str(fast))
-        taught = lesson(targets, steps=4, fast_path=fast)
-        train(student, taught, FULL, project.job(), "student")
-        curves.append([line["kl"] for line in project.curve()])
-        assert not [module for module in student.modules() if "forward" in vars(module)]
-    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
-    assert curves[0] != curves[1]
-
-
 @pytest.mark.parametrize("step", [1, 3, 6, 7])
 def test_a_run_that_was_stopped_ends_with_the_same_weights_and_moments(
     targets: TeacherTargets, tmp_path: Path, step: int
