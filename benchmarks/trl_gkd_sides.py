@@ -133,6 +133,7 @@ def trl_step(folder: Path) -> Step:
         train_dataset=Dataset.from_dict({"messages": [messages] * ROWS}),
     )  # fmt: skip
     trainer.create_optimizer_and_scheduler(num_training_steps=STEPS)
+    trainer.current_gradient_accumulation_steps = 1  # its own loop, which is left out, sets it
 
     def step(number: int) -> None:
         ids = tokens[number * BATCH_ROWS : (number + 1) * BATCH_ROWS].clone()
