@@ -11,7 +11,8 @@ and through b_j = log p_j, b_tail = log sum_{i not in top-k} p_i the gradient of
     dL/dz_i = T (q_i - t_i)               for i in the top-k
     dL/dz_i = T (q_tail - t_tail) p_i / s otherwise, s = the student's tail mass
 
-so forward and backward need one pass over each chunk of logits. Hinton 2015 gives the T^2.
+so forward and backward need one pass over each chunk of logits: between the two products with the
+head, they become the gradient where they lie, a few rows at a time. Hinton 2015 gives the T^2.
 
 Or the teacher is known by S tokens drawn from its whole distribution p (modeling/samples.py), and
 w_j is the share of the draws that gave token j. E[w] = p, there is no tail, and
@@ -32,8 +33,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 512  # logits held at a time: 512 x V x 4 bytes, 100 MB at V = 49,152
-ROWS = 8  # of logits looked at in one go: 1.6 MB at V = 49,152
+CHUNK_TOKENS = 256  # logits held at a time: 256 x V x 4 bytes, 50 MB at V = 49,152
+ROWS = 8  # of logits looked at in one go: 1.6 MB at V = 49,152, which stays in the cache
 TINY = 1e-7  # smallest mass of a tail: float16 keeps its logarithm
 
 
@@ -103,18 +104,24 @@ class _HeadLoss(torch.autograd.Function):
         learns = ctx.needs_input_grad[1]  # else its gradient, as large as itself, is not computed
         head_gradient = torch.zeros_like(head, dtype=torch.float32) if learns else None
         sums = hidden.new_zeros(2, dtype=torch.float64)  # KL and CE; read once, at the end
+        held = hidden.new_empty(min(count, CHUNK_TOKENS), head.shape[0])  # one chunk's logits
+        of_rows = _of_sampled_rows if isinstance(targets, SampledTargets) else _of_rows
+        step = ROWS if hidden.device.type == "cpu" else CHUNK_TOKENS
         for start in range(0, count, CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            chunk = _sampled_chunk if isinstance(targets, SampledTargets) else _chunk
-            kl, ce, logit_gradient = chunk(
-                (hidden[part] @ head.T).float(), labels[part], targets[part],
-                kd_weight, ce_weight, temperature,
-            )  # fmt: skip
-            sums += torch.stack([kl, ce])
-            gradient[part] = logit_gradient.to(head.dtype) @ head
+            logits = torch.mm(hidden[part], head.T, out=held[: count - start])
+            for row in range(start, start + len(logits), step):
+                rows = slice(row, min(row + step, start + len(logits)))
+                place = logits[rows.start - start : rows.stop - start]
+                kl, ce, by_logits = of_rows(
+                    place.float(), labels[rows], targets[rows], kd_weight, ce_weight, temperature
+                )
+                sums += torch.stack([kl, ce])
+                place.copy_(by_logits)
+            torch.mm(logits, head, out=gradient[part])
             if learns:
-                head_gradient.addmm_(logit_gradient.T, hidden[part].float(), alpha=1 / count)
-        ctx.save_for_backward(gradient / count, head_gradient)
+                head_gradient.addmm_(logits.T.float(), hidden[part].float(), alpha=1 / count)
+        ctx.save_for_backward(gradient.div_(count), head_gradient)
         kl, ce = (sums / count).tolist()
         return hidden.new_tensor(kd_weight * kl + ce_weight * ce, dtype=torch.float32), kl, ce
 
@@ -126,7 +133,7 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * upstream.to(gradient.dtype), head_gradient, None, None, None, None, None
 
 
-def _chunk(
+def _of_rows(
     logits: Tensor,  # (n, V) float32; overwritten
     labels: Tensor,
     targets: SparseTargets,
@@ -135,24 +142,27 @@ def _chunk(
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of KL and CE over n tokens, and the gradient of their weighted sum by the logits."""
-    log_z = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-    ce = (log_z[:, 0] - logits.gather(-1, labels[:, None])[:, 0]).sum().double()
-    top = logits.gather(-1, targets.ids) - log_z  # (n, K) the student's log-probabilities
-    p = logits.sub_(log_z).exp_()  # (n, V)
-    p.scatter_(-1, targets.ids, 0.0)
-    tail = p.sum(-1, keepdim=True).clamp_min(TINY)  # (n, 1)
-    q_log = torch.cat([top, tail.log()], -1).div(temperature).log_softmax(-1)
+    label = logits.gather(-1, labels[:, None])  # (n, 1)
+    top = logits.gather(-1, targets.ids)  # (n, K)
+    e, largest = _exponentials(logits)
+    e.scatter_(-1, targets.ids, 0.0)
+    rest = e.sum(-1, keepdim=True)
+    total = rest + (top - largest).exp_().sum(-1, keepdim=True)  # (n, 1)
+    log_z = total.log() + largest
+    top -= log_z  # the student's log-probabilities
+    tail = (rest / total).clamp_min_(TINY)  # (n, 1)
+    q_log = torch.cat([top, tail.log()], -1).div_(temperature).log_softmax(-1)
     t_log = torch.cat([targets.log_probs, targets.tail[:, None].clamp_min(TINY).log()], -1)
-    t_log = t_log.div(temperature).log_softmax(-1)
+    t_log = t_log.div_(temperature).log_softmax(-1)
     kl = (t_log.exp() * (t_log - q_log)).sum().double() * temperature**2
     bucket = (q_log.exp() - t_log.exp()).mul_(kd_weight * temperature)  # (n, K + 1)
-    p.mul_(bucket[:, -1:] / tail + ce_weight)
-    p.scatter_(-1, targets.ids, bucket[:, :-1] + ce_weight * top.exp())
-    p.scatter_add_(-1, labels[:, None], torch.full_like(log_z, -ce_weight))
-    return kl, ce, p
+    e.mul_((bucket[:, -1:] / tail + ce_weight) / total)
+    e.scatter_(-1, targets.ids, bucket[:, :-1] + ce_weight * top.exp())
+    e.scatter_add_(-1, labels[:, None], torch.full_like(log_z, -ce_weight))
+    return kl, (log_z - label).sum().double(), e
 
 
-def _sampled_chunk(
+def _of_sampled_rows(
     logits: Tensor,  # (n, V) float32; overwritten
     labels: Tensor,
     targets: SampledTargets,
@@ -160,15 +170,24 @@ def _sampled_chunk(
     ce_weight: float,
     _temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_chunk`, of draws."""
-    log_z = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-    ce = (log_z[:, 0] - logits.gather(-1, labels[:, None])[:, 0]).sum().double()
-    log_q = logits.gather(-1, targets.ids) - log_z  # (n, K)
+    """As `_of_rows`, of draws."""
+    label = logits.gather(-1, labels[:, None])  # (n, 1)
+    drawn = logits.gather(-1, targets.ids)  # (n, K)
+    e, largest = _exponentials(logits)
+    total = e.sum(-1, keepdim=True)  # (n, 1)
+    log_z = total.log() + largest
+    log_q = drawn - log_z
     kl = (targets.log_prob - (targets.shares * log_q).sum(-1)).sum().double()
-    p = logits.sub_(log_z).exp_().mul_(kd_weight + ce_weight)  # (n, V)
-    p.scatter_add_(-1, targets.ids, targets.shares.to(p.dtype) * -kd_weight)
-    p.scatter_add_(-1, labels[:, None], torch.full_like(log_z, -ce_weight))
-    return kl, ce, p
+    e.mul_((kd_weight + ce_weight) / total)
+    e.scatter_add_(-1, targets.ids, targets.shares.to(e.dtype) * -kd_weight)
+    e.scatter_add_(-1, labels[:, None], torch.full_like(log_z, -ce_weight))
+    return kl, (log_z - label).sum().double(), e
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(z - max z) of (n, V), in place, and the maxima (n, 1): one exponential an element."""
+    largest = logits.amax(-1, keepdim=True)
+    return logits.sub_(largest).exp_(), largest
 
 
 @dataclass(frozen=True)

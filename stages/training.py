@@ -1,7 +1,7 @@
 """TrainState: everything that a training loop changes, saved and loaded as one.
 
-Weights are bfloat16 for the matrix units; the optimizer works on float32 master copies, because a
-learning rate of 3e-4 is below bfloat16's resolution.
+Where weights are bfloat16, for the matrix units, the optimizer works on float32 master copies,
+because a learning rate of 3e-4 is below bfloat16's resolution; a float32 weight is its own master.
 
 In several processes (stages/ranks.py) each has all of it, and the same to the bit: they take the
 same steps, with the mean of their gradients.
@@ -44,8 +44,10 @@ class TrainState:
         self._live = dict(parameters)
         for parameter in self._live.values():
             parameter.requires_grad_(True)
-        self._masters = {
-            name: nn.Parameter(parameter.detach().float().clone())
+        self._masters = {  # a float32 weight is its own master
+            name: parameter
+            if parameter.dtype == torch.float32
+            else nn.Parameter(parameter.detach().float())
             for name, parameter in self._live.items()
         }
         self._ranks = ranks
@@ -63,8 +65,8 @@ class TrainState:
         Raises FloatingPointError for a gradient that is not finite; nothing is changed then.
         """
         for name, parameter in self._live.items():
-            self._masters[name].grad = parameter.grad.float()
-            parameter.grad = None
+            gradient, parameter.grad = parameter.grad.float(), None
+            self._masters[name].grad = gradient
         self._ranks.average([master.grad for master in self._masters.values()])
         for name, basis in self._bases.items():
             self._masters[name].grad = project(self._masters[name].grad, basis)
@@ -79,6 +81,7 @@ class TrainState:
             group["lr"] = rate * schedule(self.step, self.steps, warmup)
         before = {name: self._masters[name].detach().clone() for name in self._bases}
         self._optimizer.step()
+        self._optimizer.zero_grad()
         for name, master in self._masters.items():
             if name in before:
                 master.data = before[name] + project(master.data - before[name], self._bases[name])
@@ -119,7 +122,8 @@ class TrainState:
     @torch.no_grad()
     def _copy_to_live(self) -> None:
         for name, parameter in self._live.items():
-            parameter.copy_(self._masters[name])
+            if parameter is not self._masters[name]:
+                parameter.copy_(self._masters[name])
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

@@ -40,6 +40,7 @@ class Params:
     spike: float
     regression: float
     controls: tuple[str, ...]
+    fast_path: bool
     schedule: str
     teacher_order: tuple[str, ...]
     teacher_weights: tuple[float, ...]

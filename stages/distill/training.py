@@ -7,6 +7,7 @@ shares are alike, so that the mean of their gradients is the whole batch's, up t
 
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling.blocks import dissect
+from modeling.fast_path import fast_path
 from modeling.protection import Bases
 from stages.contract import Job
 from stages.distill.feeding import feed
@@ -125,19 +127,20 @@ def train(
         params.gradient_checkpointing,
     )  # fmt: skip
     validation = list(lesson.validation())
-    if training.step == 0:
-        recovery.begin(_validate(objective, validation, ranks))
     batches = feed(lesson.batches(training.step), objective.device)
-    for batch, replay in zip(batches, lesson.replays(training.step), strict=False):
-        metrics, reason = _learn(objective, batch, replay, recovery, params, ranks)
-        if reason is None and _is_due(training.step, params):
-            metrics["validation"] = _validate(objective, validation, ranks)
-            reason = recovery.validated(metrics["validation"])
-        if reason is not None:
-            back = recovery.roll_back(reason)
-            job.say(f"{phase}: back from step {back.step} to {back.to_step}: {reason}")
-            metrics["rollbacks"] = len(recovery.rollbacks)
-        job.step_done(recovery, training.step, params.steps, phase, **metrics)
+    with fast_path(student, job.say) if params.fast_path else nullcontext():
+        if training.step == 0:
+            recovery.begin(_validate(objective, validation, ranks))
+        for batch, replay in zip(batches, lesson.replays(training.step), strict=False):
+            metrics, reason = _learn(objective, batch, replay, recovery, params, ranks)
+            if reason is None and _is_due(training.step, params):
+                metrics["validation"] = _validate(objective, validation, ranks)
+                reason = recovery.validated(metrics["validation"])
+            if reason is not None:
+                back = recovery.roll_back(reason)
+                job.say(f"{phase}: back from step {back.step} to {back.to_step}: {reason}")
+                metrics["rollbacks"] = len(recovery.rollbacks)
+            job.step_done(recovery, training.step, params.steps, phase, **metrics)
     for _, parameter in lesson.trained(student, maps):
         parameter.requires_grad_(False)
     return recovery.rollbacks

@@ -96,6 +96,15 @@ def test_live_weights_are_the_masters_in_their_own_type(dtype: torch.dtype, tmp_
         assert not torch.equal(parameter, start[name])
 
 
+def test_a_float32_weight_is_not_held_twice() -> None:
+    parameters = live(torch.float32)
+    state = state_of(parameters)
+    places = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+    steps(state, parameters, 2)
+    assert all(state._masters[name] is parameter for name, parameter in parameters.items())
+    assert {name: parameter.data_ptr() for name, parameter in parameters.items()} == places
+
+
 def test_a_step_is_that_of_a_plain_adamw_with_clipping_and_schedule() -> None:
     parameters = live(torch.float32)
     reference = copy.deepcopy(parameters)

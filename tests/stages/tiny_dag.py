@@ -40,7 +40,7 @@ PARAMS = {
         "patch_rows": 6, "patch_ridge": 0.1, "steps": 6, "batch_rows": 3,
         "learning_rate": 3e-3, "warmup": 0.1, "clip": 1.0, "temperature": 1.0, "kd_weight": 1.0,
         "ce_weight": 0.2, "anchor_weight": 0.5, "validation_rows": 2, "validate_every": 3,
-        "spike": 3.0, "regression": 0.25, "controls": ["text_only"],
+        "spike": 3.0, "regression": 0.25, "controls": ["text_only"], "fast_path": True,
         "schedule": "mixed", "teacher_order": [], "teacher_weights": [], "protect": True,
         "replay_share": 0.25, "protect_share": 0.95, "protect_rows": 4, "retention_rows": 2,
         "processes": 1, "gradient_checkpointing": False, "optimizer": "adamw", "seed": 0,
