@@ -3,14 +3,18 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from stages.distill.objective import Weights
 from stages.distill.params import Params
 from stages.distill.several import Course, held_out
 from stages.distill.training import Lesson
 from stages.formats.targets import TeacherTargets
-from tests.stages.lessons import PREFIX, rows, subspaces_of, teacher, write_targets
+from tests.stages.lessons import (
+    PREFIX,
+    rows,
+    subspaces_of,
+    teacher,
+    write_targets,
+)
 from tests.stages.tiny_dag import HARMS, PARAMS, TEACHER
 from tests.tiny import tiny_llama
 
@@ -55,11 +59,3 @@ def on_rows_taught(student, several: Course) -> list[float]:
     """KL from each teacher on all rows; what random teachers say of others cannot be learnt."""
     (first, *_), opened = several.lessons, {n: one.targets for n, one in several.lessons.items()}
     return held_out(student, Course.of(replace(several.lessons[first], held_back=12), opened))
-
-
-def weights_of(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)

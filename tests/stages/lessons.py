@@ -86,3 +86,13 @@ def write_targets(folder: Path, model, tokens: Tensor, shard_rows: int = 4) -> T
     fields = {"teacher": "ada", "prefix_blocks": PREFIX, "anchors": ANCHORS}
     write_header(folder, **fields, rows=len(tokens), row_tokens=tokens.shape[1])
     return TeacherTargets(folder)
+
+
+def weights_of(model) -> dict[str, Tensor]:
+    """All of a model's tensors by name, copied."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)

@@ -23,7 +23,15 @@ from stages.formats.targets import Batch, TeacherTargets
 from stages.formats.tokens import read_all_rows
 from stages.process import Stopped
 from stages.recovery import RunAway
-from tests.stages.lessons import PREFIX, rows, subspaces_of, teacher, write_targets
+from tests.stages.lessons import (
+    PREFIX,
+    rows,
+    same,
+    subspaces_of,
+    teacher,
+    weights_of,
+    write_targets,
+)
 from tests.stages.project import Project, make_project
 from tests.stages.tiny_dag import HARMS, PARAMS, TEACHER, StopAt, TinyDag, make_tiny_dag
 
@@ -44,19 +52,6 @@ def lesson(targets: TeacherTargets, **changed) -> Lesson:
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> TeacherTargets:
     return write_targets(tmp_path_factory.mktemp("targets"), teacher(), ROWS)
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
-    return make_project(tmp_path / "project")
-
-
-def weights_of(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 # --- training --------------------------------------------------------------------------------

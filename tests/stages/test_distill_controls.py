@@ -3,23 +3,15 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from modeling.loading import open_model
 from stages.distill.params import Params
+from tests.stages.lessons import same, weights_of
 from tests.stages.tiny_dag import PARAMS, TinyDag, make_tiny_dag
 
 
 def params(**changed) -> Params:
     return Params(**{**PARAMS["distill"], **changed})
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(open_model(folder).state_dict())
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 @pytest.fixture
@@ -43,14 +35,14 @@ def test_a_control_is_the_student_trained_without_a_part_of_the_loss(dag: TinyDa
     folder = dag.root / "artifacts/distill"
     left = {"without_anchors": "anchor_weight", "without_text": "ce_weight"}
     weights = {name: PARAMS["distill"][name] for name in left.values()}
-    controls = {name: weights_of(folder / name) for name in left}
-    student = weights_of(folder / "student")
+    controls = {name: weights_of(open_model(folder / name)) for name in left}
+    student = weights_of(open_model(folder / "student"))
     assert (folder / "without_answers/config.json").is_file()
     for name, weight in left.items():
         assert not same(controls[name], student)
         dag.set("distill", controls=[], **{**weights, weight: 0.0})
         dag.run("distill")
-        assert same(weights_of(folder / "student"), controls[name]), name
+        assert same(weights_of(open_model(folder / "student")), controls[name]), name
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from stages.distill.training import Lesson, train
 from stages.formats.targets import TeacherTargets
 from stages.process import Stopped
 from tests.stages.lessons import PREFIX, rows, subspaces_of, teacher, write_targets
-from tests.stages.project import Project, make_project
+from tests.stages.project import make_project
 from tests.stages.test_distill import params, same, weights_of
 from tests.stages.tiny_dag import HARMS, StopAt
 
@@ -29,11 +29,6 @@ every_device = pytest.mark.parametrize("device", [CPU, gpu], ids=["cpu", "cuda"]
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> TeacherTargets:
     return write_targets(tmp_path_factory.mktemp("targets"), teacher(), ROWS)
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
-    return make_project(tmp_path / "project")
 
 
 def learn(targets: TeacherTargets, job, device: torch.device, **how) -> dict[str, torch.Tensor]:

@@ -14,16 +14,8 @@ from stages.distill.several import Course, GuestLesson, protect, teach
 from stages.distill.student import build_student
 from stages.distill.training import train
 from stages.formats.targets import Batch, TeacherTargets
-from tests.stages.courses import (
-    FULL,
-    GUEST,
-    ROWS,
-    course,
-    on_rows_taught,
-    open_all,
-    weights_of,
-)
-from tests.stages.lessons import teacher
+from tests.stages.courses import FULL, GUEST, ROWS, course, on_rows_taught, open_all
+from tests.stages.lessons import teacher, weights_of
 from tests.stages.project import Project, make_project
 from tests.stages.tiny_dag import TEACHER
 
@@ -31,11 +23,6 @@ from tests.stages.tiny_dag import TEACHER
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TeacherTargets]:
     return open_all(tmp_path_factory.mktemp("targets"))
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
-    return make_project(tmp_path / "project")
 
 
 # --- subspaces ------------------------------------------------------------------------------

@@ -23,10 +23,8 @@ from tests.stages.courses import (
     on_rows_taught,
     open_all,
     other_teacher,
-    same,
-    weights_of,
 )
-from tests.stages.lessons import block_outputs, teacher, write_targets
+from tests.stages.lessons import block_outputs, same, teacher, weights_of, write_targets
 from tests.stages.project import Project, make_project
 from tests.stages.tiny_dag import TEACHER, StopAt, TinyDag, make_tiny_dag
 
@@ -34,11 +32,6 @@ from tests.stages.tiny_dag import TEACHER, StopAt, TinyDag, make_tiny_dag
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TeacherTargets]:
     return open_all(tmp_path_factory.mktemp("targets"))
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
-    return make_project(tmp_path / "project")
 
 
 # --- lessons ---------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from stages.formats.targets import TeacherTargets
 from stages.process import Stopped, StopRequest
 from stages.ranks import ALONE, Ranks, announced, join_ranks
 from tests.stages.crew import in_processes
-from tests.stages.lessons import PREFIX, rows, subspaces_of, teacher, write_targets
+from tests.stages.lessons import PREFIX, rows, same, subspaces_of, teacher, write_targets
 from tests.stages.project import make_project
 from tests.stages.test_distill import params
 from tests.stages.tiny_dag import HARMS, StopAt
@@ -47,7 +47,7 @@ def learn(
         stop.watch(job)
     lesson = Lesson(
         TeacherTargets(folder / "targets"), subspaces_of(teacher(), ROWS), PREFIX, [4], [*HARMS],
-        params(**{**HOW, **how}), 0, ranks,
+        params(**{**HOW, **how}), ranks=ranks,
     )  # fmt: skip
     student = build_student(teacher().float(), [4])
     if poison:
@@ -67,10 +67,6 @@ def _poison(call: int) -> None:
         return replace(loss, total=loss.total * math.nan) if calls == call else loss
 
     Objective.__call__ = poisoned
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 # --- the group -------------------------------------------------------------------------------

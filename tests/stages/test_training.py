@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stages.training import TrainState, schedule
+from tests.stages.lessons import same
 
 RATE, STEPS = 1e-2, 10
 
@@ -45,10 +46,6 @@ def saved(state: TrainState, folder: Path) -> dict[str, Tensor]:
     folder.mkdir(exist_ok=True)
     state.save(folder)
     return load_file(folder / "train.safetensors")
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 # --- the schedule ----------------------------------------------------------------------------
