@@ -10,6 +10,7 @@ keeps its own code. What keeps it is said once, by name. What is used is a matte
 never of a timing, so that a machine computes the same today and tomorrow:
 
     RMSNorm, gated MLP   every type
+    Mamba's scan         every type (modeling/scan.py)
     attention            bfloat16, rows of up to MOST_TOKENS; torch's flash kernel is as fast in
                          float32, and faster on long rows
 
@@ -27,6 +28,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,6 +40,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling.cpu_kernels import causal_attention, gated_mlp, rms_norm
+from modeling.scan import fast_scan, mixers_of
 
 ATTENTION = "nanofoundry_causal"  # the name in transformers' registry
 MOST_TOKENS = 256  # a row, where plain products still beat the flash kernel
@@ -71,7 +74,7 @@ def fast_path(model: PreTrainedModel, say: Say) -> Iterator[None]:
             if (forward := _replacement(module, say_once)) is not None:
                 module.forward = forward
                 patched.append(module)
-        with _attention(model, say_once):
+        with _attention(model, say_once), fast_scan(model) if mixers_of(model) else nullcontext():
             yield
     finally:
         for module in patched:

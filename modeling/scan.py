@@ -35,6 +35,11 @@ from transformers.models.mamba import modeling_mamba
 PIECE_ELEMENTS = 1 << 18  # of a piece's states (time x B x N x D): 1 MB in float32
 
 
+def mixers_of(model: PreTrainedModel) -> list[modeling_mamba.MambaMixer]:
+    """The Mamba-1 mixers of a model; none in most."""
+    return [m for m in model.modules() if isinstance(m, modeling_mamba.MambaMixer)]
+
+
 @contextlib.contextmanager
 def fast_scan(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Let a model's Mamba blocks scan with `selective_scan`; everything else stays the model's own.
@@ -42,8 +47,7 @@ def fast_scan(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     Only this model, only inside the `with`. A backward pass may come after it. Raises ValueError
     for a model without MambaMixer, or a transformers whose mixer calls no `mamba_selective_scan`.
     """
-    mixers = [m for m in model.modules() if isinstance(m, modeling_mamba.MambaMixer)]
-    if not mixers:
+    if not (mixers := mixers_of(model)):
         raise ValueError(
             f"{type(model).__name__} has no MambaMixer; fast_scan is for MambaForCausalLM"
         )

@@ -160,3 +160,12 @@ def test_a_saved_model_is_stock(tmp_path) -> None:
         model.save_pretrained(tmp_path / "within")
     stock, within = ((tmp_path / n / "config.json").read_text() for n in ("stock", "within"))
     assert stock == within
+
+
+def test_a_mamba_scans_in_linear_time_within_and_as_before_behind() -> None:
+    model = tiny_mamba()
+    assert assert_the_same(model, 1 - 1e-6, 1e-5) == []
+    with fast_path(model, print):
+        mixers = [name for name in replaced(model) if name.endswith("mixer")]
+        assert len(mixers) == len(model.backbone.layers)
+    assert replaced(model) == []
