@@ -15,6 +15,10 @@ Seconds are the processor's, of one thread. Steps are timed first, so that each 
 falls over the steps that fit; printed is what was used in the end. Measured on held-out rows: KL
 from the teacher over the whole vocabulary in nats a token, perplexity over the teacher's, top-1
 agreement; 95 % bootstrap intervals over rows; and the paired difference of KL.
+
+Measured (AVX2, float32, 220 seconds, which are 33 steps of plain and 47 of ours; gaps closed on 16
+rows in 31 seconds; 12 held-out rows, 3 seeds): KL 0.499 plain, 0.448 ours, 10.1 % [7.5, 13.1] less;
+perplexity x 1.407 and x 1.279; agreement 0.660 and 0.674. Of longer runs nothing was measured.
 """
 
 import argparse
