@@ -19,6 +19,9 @@ and it has no prefix, no anchors and no cross-entropy.
 Each side is a process of its own, and steps take turns, so that what else the machine does meets
 both. Printed: medians of processor seconds, wall seconds and of the ratio round by round; peak
 resident memory. The targets are made first, by stages/extract's own code.
+
+Measured (AVX2, float32, 3 rounds): ours 4.06 s and 2,270 MB, with transformers' own blocks 4.10 s,
+TRL 9.53 s and 4,271 MB: 2.36 and 2.25 times as long, round by round.
 """
 
 import argparse
