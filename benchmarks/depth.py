@@ -6,6 +6,10 @@ ARTIFACTS: a folder with the outputs of prepare and profile (./run_pipeline.sh -
 artifacts/). Printed for each width of the search (0: one ranking): which blocks went, what the
 search took, and the KL from the teacher in nats a token on held-out text, before and after the gaps
 are closed, with the paired difference from the first width and its 95 % bootstrap interval.
+
+Measured (SmolLM2-135M, 6 of 30, 8 held-out rows, gaps closed on 48): by the ranking blocks 12, 13,
+14, 17, 25 and 26 go, KL 0.908, with gaps closed 0.422. The search with 8 candidates on 4 rows takes
+138 processor seconds in float32 and drops the same.
 """
 
 import argparse
