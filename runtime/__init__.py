@@ -1,0 +1,1 @@
+"""Using the model: the engine that is shipped. Never imports what makes the model."""
