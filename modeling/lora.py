@@ -28,6 +28,7 @@ from modeling.blocks import find_blocks
 
 VARIANTS = ("lora", "rslora", "dora", "pissa")
 PRINCIPAL = "pissa_niter_4"  # its fast singular value decomposition
+REFERENCE = "reference"  # the name of an adapter that a policy is kept near to
 NOT_FOR_MAMBA = ("out_proj",)  # PEFT refuses it: fused kernels read its weight themselves
 
 
@@ -152,7 +153,9 @@ def save_adapter(adapted: PeftModel, folder: Path, start: Path) -> None:
     adapted.active_peft_config.base_model_name_or_path = None  # it may be moved
     has_start = (start / "adapter_config.json").is_file()
     adapted.save_pretrained(
-        folder, path_initial_model_for_weight_conversion=str(start) if has_start else None
+        folder,
+        selected_adapters=[adapted.active_adapter],
+        path_initial_model_for_weight_conversion=str(start) if has_start else None,
     )
     (folder / "README.md").unlink()  # PEFT's empty model card
 
@@ -188,6 +191,22 @@ def open_adapted(model: PreTrainedModel, folder: Path, trains: bool = False) -> 
         model, folder, is_trainable=trains, autocast_adapter_dtype=False, local_files_only=True
     )
     return adapted.eval()
+
+
+def keep_reference(adapted: PeftModel, folder: Path) -> None:
+    """Add a finished adapter that is only compared with, under the name REFERENCE."""
+    adapted.load_adapter(folder, REFERENCE, is_trainable=False, autocast_adapter_dtype=False)
+
+
+@contextlib.contextmanager
+def as_reference(adapted: PeftModel) -> Iterator[None]:
+    """Let the model be as the reference has it, for as long as the context lasts."""
+    own = adapted.active_adapter
+    adapted.set_adapter(REFERENCE, inference_mode=True)
+    try:
+        yield
+    finally:
+        adapted.set_adapter(own)
 
 
 def open_merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
