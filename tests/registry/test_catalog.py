@@ -103,9 +103,16 @@ def _base64_of(hex_digits: str) -> str:
     return base64.urlsafe_b64encode(bytes.fromhex(hex_digits)).rstrip(b"=").decode()
 
 
-def test_what_is_tagged_offline_needs_no_hub_and_the_rest_does() -> None:
+def test_texts_tagged_offline_need_no_hub_and_the_rest_do() -> None:
+    """`--datasets offline` is for texts; conversations are another list."""
     for entry in [*every("datasets"), *every("benchmarks")]:
-        assert ("offline" in entry.tags) == (entry.source.hub is None), entry.name
+        is_text_of_ours = entry.source.hub is None and entry.source.conversations is None
+        assert ("offline" in entry.tags) == is_text_of_ours, entry.name
+
+
+def test_conversations_are_tagged_as_skills() -> None:
+    for dataset in every("datasets"):
+        assert ("skills" in dataset.tags) == dataset.teaches_by_conversations, dataset.name
     for teacher in every("teachers"):
         assert ("offline" in teacher.tags) == (teacher.package is not None), teacher.name
 
@@ -224,6 +231,24 @@ REFUSED = {
         "{python: python_docs}",
         "{python: python_docs, hub: a/b, split: c}",
         "exactly one of",
+    ),
+    "text and conversations at once": (
+        "datasets",
+        "{python: python_docs}",
+        "{python: python_docs, conversations: arithmetic_tools}",
+        "stands alone",
+    ),
+    "a template for conversations": (
+        "datasets",
+        "{conversations: arithmetic_tools}\n  text: null",
+        '{conversations: arithmetic_tools}\n  text: "{question}"',
+        "set 'text' to null",
+    ),
+    "a file that copies nothing": (
+        "datasets",
+        "{python: python_docs}",
+        "{python: python_docs, file: a.jsonl}",
+        "belong to a hub source",
     ),
     "no source": ("datasets", "{python: python_docs}", "{}", "exactly one of"),
     "a hub source without a split": ("datasets", "{python: python_docs}", "{hub: a/b}", "split"),

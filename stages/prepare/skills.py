@@ -1,0 +1,86 @@
+"""Conversations that teach skills: made by our own code, or from the rows of a hub dataset.
+
+make     a function a data set: conversations to train on, and others to measure with
+clean    no request twice; nothing that shares 13 words with a benchmark or a held-out request
+mask     numbers that could only be recited (number_masking.py), where that is asked for
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from registry.catalog import lookup
+from stages.contract import Job, Metrics
+from stages.formats.conversations import Conversation, write_conversations
+from stages.prepare.clean import Document, drop_contaminated, drop_exact_duplicates
+from stages.prepare.number_masking import mask_recited
+from stages.prepare.sources import read_rows
+from stages.prepare.word_problems import heldout_problems, training_problems
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How many conversations of each split at most, and the seed of what is drawn."""
+
+    train: int
+    heldout: int
+    seed: int
+
+
+Made = tuple[list[Conversation], list[Conversation]]  # train, held out
+Rows = Iterable[dict[str, Any]]  # of the hub; empty for what is made here
+
+
+def arithmetic_tools(wanted: Wanted, rows: Rows) -> Made:
+    """Word problems from templates; held-out templates are never trained on."""
+    del rows
+    train = list(islice(training_problems(wanted.seed), wanted.train))
+    return train, heldout_problems(wanted.heldout, wanted.seed)
+
+
+CONVERSATION_SOURCES: dict[str, Callable[[Wanted, Rows], Made]] = {
+    "arithmetic_tools": arithmetic_tools,
+}
+
+
+def prepare_skill(
+    name: str, wanted: Wanted, masking: bool, benchmarks: list[Document], job: Job
+) -> Metrics:
+    """Make, clean and write the conversations of one data set; give counts."""
+    entry = lookup("datasets", name)
+    rows = read_rows(entry) if entry.source.hub else ()
+    made, heldout = CONVERSATION_SOURCES[entry.source.conversations](wanted, rows)
+    train, dropped = clean_conversations(name, made, heldout, benchmarks)
+    if not train or not heldout:
+        raise ValueError(
+            f"data set '{name}' gave {len(train)} conversations to train on and {len(heldout)} to "
+            "measure with; raise prepare.train_conversations and prepare.heldout_conversations"
+        )
+    for split, conversations in (("train", train), ("heldout", heldout)):
+        masked = map(mask_recited, conversations) if masking else conversations
+        write_conversations(job.output, name, split, masked)
+    return {
+        f"conversations_{name}_train": len(train),
+        f"conversations_{name}_heldout": len(heldout),
+        f"conversations_{name}_dropped": dropped,
+    }
+
+
+def clean_conversations(
+    name: str, train: list[Conversation], heldout: list[Conversation], benchmarks: list[Document]
+) -> tuple[list[Conversation], int]:
+    """Drop repeated requests and what is measured with; give the rest, and how many went.
+
+    Requests made from one template are alike on purpose, so that only exact repetition counts.
+    """
+    requests = drop_exact_duplicates([Document(name, told.id, told.prompt) for told in train])
+    measured = [Document("heldout", told.id, told.prompt) for told in heldout]
+    fresh, _ = drop_contaminated(requests, measured)
+    kept = {document.id for document in fresh}
+    whole = [
+        Document(name, told.id, f"{told.prompt}\n{told.reply}") for told in train if told.id in kept
+    ]
+    clean, _ = drop_contaminated(whole, benchmarks)
+    kept = {document.id for document in clean}
+    return [told for told in train if told.id in kept], len(train) - len(kept)
