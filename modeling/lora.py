@@ -31,6 +31,8 @@ PRINCIPAL = "pissa_niter_4"  # its fast singular value decomposition
 REFERENCE = "reference"  # the name of an adapter that a policy is kept near to
 NOT_FOR_MAMBA = ("out_proj",)  # PEFT refuses it: fused kernels read its weight themselves
 
+Adapted = PeftModel  # a model that carries adapters
+
 
 class DeadAdapter(RuntimeError):
     """Some adapters get no gradient: they would be trained in name only."""
@@ -72,7 +74,7 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     return [f"{place}.{name}" for name in order if name.rpartition(".")[2] not in skipped]
 
 
-def adapt(model: PreTrainedModel, shape: AdapterShape, seed: int, start: Path) -> PeftModel:
+def adapt(model: PreTrainedModel, shape: AdapterShape, seed: int, start: Path) -> Adapted:
     """Put a new adapter on a model, in place; only it is trainable afterwards.
 
     start: a folder for what `save_adapter` needs of PiSSA's beginning; others leave it alone.
@@ -120,7 +122,7 @@ def _targets(model: PreTrainedModel, shape: AdapterShape) -> list[str]:
     return [n for n in every if block_of[n] >= first and n.rpartition(".")[2] in wanted]
 
 
-def trainable(adapted: PeftModel) -> list[tuple[str, nn.Parameter]]:
+def trainable(adapted: Adapted) -> list[tuple[str, nn.Parameter]]:
     """What an adapter learns, by name."""
     return [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
 
@@ -144,7 +146,7 @@ def check_learning(named: Iterable[tuple[str, nn.Parameter]]) -> None:
         )
 
 
-def save_adapter(adapted: PeftModel, folder: Path, start: Path) -> None:
+def save_adapter(adapted: Adapted, folder: Path, start: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json, for the model as it was before.
 
     PiSSA took its start out of the model's weights; it is written as the plain adapter of twice the
@@ -161,7 +163,7 @@ def save_adapter(adapted: PeftModel, folder: Path, start: Path) -> None:
 
 
 @contextlib.contextmanager
-def merged(adapted: PeftModel) -> Iterator[PreTrainedModel]:
+def merged(adapted: Adapted) -> Iterator[PreTrainedModel]:
     """The model with the adapter added to its weights, for as long as the context lasts.
 
     Weights are put back from a copy, to the bit; PEFT would subtract, which rounds.
@@ -180,7 +182,7 @@ def merged(adapted: PeftModel) -> Iterator[PreTrainedModel]:
             adapted.get_submodule(name).base_layer.weight.data.copy_(weight)
 
 
-def open_adapted(model: PreTrainedModel, folder: Path, trains: bool = False) -> PeftModel:
+def open_adapted(model: PreTrainedModel, folder: Path, trains: bool = False) -> Adapted:
     """Put a finished adapter on the model it was made for, in place.
 
     Raises FileNotFoundError for a folder without one.
@@ -193,13 +195,13 @@ def open_adapted(model: PreTrainedModel, folder: Path, trains: bool = False) -> 
     return adapted.eval()
 
 
-def keep_reference(adapted: PeftModel, folder: Path) -> None:
+def keep_reference(adapted: Adapted, folder: Path) -> None:
     """Add a finished adapter that is only compared with, under the name REFERENCE."""
     adapted.load_adapter(folder, REFERENCE, is_trainable=False, autocast_adapter_dtype=False)
 
 
 @contextlib.contextmanager
-def as_reference(adapted: PeftModel) -> Iterator[None]:
+def as_reference(adapted: Adapted) -> Iterator[None]:
     """Let the model be as the reference has it, for as long as the context lasts."""
     own = adapted.active_adapter
     adapted.set_adapter(REFERENCE, inference_mode=True)

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modeling.lora import as_reference
+from modeling.lora import Adapted, as_reference
 from modeling.token_log_probs import token_log_probs
 from stages.grpo.objective import k3, token_losses, token_weights
 from stages.supervision import Example, alike, make_rows
@@ -45,7 +44,7 @@ class Trace:
 class Policy:
     """A model whose adapter learns, with an adapter to stay near to (modeling/lora.py)."""
 
-    adapted: PeftModel
+    adapted: Adapted
     pad: int
     most_tokens: int
     temperature: float
