@@ -57,7 +57,9 @@ class Params:
             if entry.modality != "text":
                 raise ValueError(f"dataset '{name}' is not text; only text can be prepared so far")
             if entry.teaches_by_conversations:
-                raise ValueError(f"dataset '{name}' is of conversations; name it in 'conversations'")
+                raise ValueError(
+                    f"dataset '{name}' is of conversations; name it in 'conversations'"
+                )
         for name in self.conversations:
             if not lookup("datasets", name).teaches_by_conversations:
                 raise ValueError(f"dataset '{name}' has no conversations; name it in 'datasets'")
