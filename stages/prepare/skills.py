@@ -7,14 +7,19 @@ mask     numbers that could only be recited (number_masking.py), where that is a
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from registry.catalog import lookup
+from registry.strict import strict_yaml
 from stages.contract import Job, Metrics
 from stages.formats.conversations import Conversation, write_conversations
 from stages.prepare.clean import Document, drop_contaminated, drop_exact_duplicates
+from stages.prepare.gsm8k import conversation_of
 from stages.prepare.number_masking import mask_recited
+from stages.prepare.react import react_traces
 from stages.prepare.sources import read_rows
 from stages.prepare.word_problems import heldout_problems, training_problems
 
@@ -39,8 +44,53 @@ def arithmetic_tools(wanted: Wanted, rows: Rows) -> Made:
     return train, heldout_problems(wanted.heldout, wanted.seed)
 
 
+def gsm8k_tools(wanted: Wanted, rows: Rows) -> Made:
+    """GSM8K's training problems with their annotations as calls."""
+    found = (conversation_of(row["question"], row["answer"]) for row in rows)
+    return hold_out([told for told in found if told], wanted)
+
+
+def react_tools(wanted: Wanted, rows: Rows) -> Made:
+    """Tool use in Thought, Action and Observation; held-out questions are worded otherwise."""
+    del rows
+    train = react_traces("training", wanted.train, wanted.seed)
+    return train, react_traces("heldout", wanted.heldout, wanted.seed)
+
+
+def devops(wanted: Wanted, rows: Rows) -> Made:
+    """Instructions and answers about running software, written for this project."""
+    del rows
+    topics = strict_yaml(Path(__file__).with_name("devops.yaml"))
+    told = [
+        Conversation(
+            id=_digest(entry["ask"])[:16],
+            capability="devops",
+            segments=(("prompt", entry["ask"]), ("own", entry["answer"])),
+            answer=None,
+            facts={"topic": topic},
+        )
+        for topic, entries in topics.items()
+        for entry in entries
+    ]
+    return hold_out(told, wanted)
+
+
+def hold_out(conversations: list[Conversation], wanted: Wanted) -> Made:
+    """Hold out a tenth, or fewer where fewer are wanted, by a hash of the request and the seed."""
+    order = sorted(conversations, key=lambda told: _digest(f"{wanted.seed}/{told.prompt}"))
+    held = min(wanted.heldout, len(order) // 10)
+    return order[held : held + wanted.train], order[:held]
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()
+
+
 CONVERSATION_SOURCES: dict[str, Callable[[Wanted, Rows], Made]] = {
     "arithmetic_tools": arithmetic_tools,
+    "gsm8k_tools": gsm8k_tools,
+    "react_tools": react_tools,
+    "devops": devops,
 }
 
 

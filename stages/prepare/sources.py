@@ -128,9 +128,11 @@ def _hub_rows(entry: Dataset | Benchmark) -> Iterator[dict[str, Any]]:
         )
     except (ConnectionError, DatasetNotFoundError) as error:
         copy = f", or set NANOFOUNDRY_DATA to a folder with {source.file}" if source.file else ""
+        skill = "leave it out of prepare.conversations"
+        advice = skill if source.conversations else "take --datasets offline"
         raise ConnectionError(
             f"dataset '{entry.name}' comes from the hub ({source.hub}), which cannot be reached or "
-            f"does not show it to you; without a network take --datasets offline{copy}"
+            f"does not show it to you; without a network {advice}{copy}"
         ) from error
 
 
