@@ -6,14 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from runtime.final_answer import is_right, stated_answer
 from runtime.generation.answers import Answer, Sampling
 from runtime.generation.engine import Engine
 from runtime.prompt import prompt_tokens
+from stages.formats.answers import final_answer, same_answer
 from stages.formats.conversations import Conversation
 from stages.statistics import Share
-
-GREEDY = {"temperature": 0.0, "top_p": 1.0, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,11 @@ class Solved:
     @classmethod
     def of(cls, problem: Conversation, answer: Answer) -> "Solved":
         """Judge an answer."""
-        stated = stated_answer(answer.text)
+        stated = final_answer(answer.text)
         ended = answer.finished == "eos" and not answer.forged
-        right = problem.answer is not None and not answer.forged
         return cls(
             problem.id,
-            right and stated is not None and is_right(stated, problem.answer),
+            ended and same_answer(stated, problem.answer, problem.prompt),
             ended and stated is not None,
             sum(answer.own),
             len(answer.calls),
