@@ -1,35 +1,13 @@
 """The state that GRPO changes, and one step of it; interrupted work goes on to the same bits."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from modeling.lora import trainable
 from stages.grpo.params import Params
 from stages.grpo.policy import Policy, Trace, accumulate, look_back
-from stages.solving import Solved
-from stages.statistics import Share
+from stages.probing import Probe
 from stages.training import TrainState
-
-
-@dataclass(frozen=True)
-class Probe:
-    """How the policy does on problems that are never learnt from, answered greedily."""
-
-    step: int
-    right: list[bool]
-    own_tokens: float
-
-    @classmethod
-    def of(cls, step: int, solved: list[Solved]) -> "Probe":
-        """From what was solved."""
-        own = sum(one.own_tokens for one in solved) / len(solved)
-        return cls(step, [one.right for one in solved], own)
-
-    @property
-    def share(self) -> Share:
-        """How many are right."""
-        return Share(sum(self.right), len(self.right))
 
 
 class Reinforcement:
@@ -71,8 +49,3 @@ class Reinforcement:
         self.training.load(folder)
         fields = json.loads((folder / "reinforcement.json").read_text(encoding="utf-8"))
         self.step, self.probes = fields["step"], [Probe(**entry) for entry in fields["probes"]]
-
-
-def got_worse(before: Probe, after: Probe) -> bool:
-    """Whether fewer problems are right afterwards than the interval of before allows for."""
-    return after.share.value < before.share.interval[0]

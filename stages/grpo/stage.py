@@ -24,7 +24,6 @@ from stages.contract import Job, Metrics, Stage
 from stages.grpo.params import Params
 
 BATCH_ROWS = 4  # of general text, where it is only measured
-AT_ONCE = 32  # probes
 
 
 def run(params: Params, job: Job) -> Metrics:
@@ -36,6 +35,7 @@ def run(params: Params, job: Job) -> Metrics:
     from stages.forgetting import compare, row_losses
     from stages.grpo.policy import Policy
     from stages.grpo.reinforcement import Reinforcement
+    from stages.probing import why_not
     from stages.problems import open_problems
     from stages.student import open_student
 
@@ -58,7 +58,9 @@ def run(params: Params, job: Job) -> Metrics:
     with merged(adapted) as model:
         forgetting = compare(before, row_losses(model, general, BATCH_ROWS))
         drift = student.drift(model, general[:BATCH_ROWS])
-    reason = why_not(state.probes, forgetting, params)
+    reason = why_not(
+        state.probes[0], state.probes[-1], forgetting, params.forgetting, params.general_text
+    )
     job.say(f"the adapter of toolformer stays: {reason}" if reason else "the policy is kept")
     kept = open_adapted(student.untouched, start) if reason else adapted
     save_adapter(kept, job.output / params.capability, job.folder / "start")
@@ -105,21 +107,13 @@ def make_coach(params: Params, student):
 def reinforce(state, coach, engine, problems, params: Params, job: Job) -> None:
     """All steps that are left."""
     from modeling.lora import merged
-    from stages.grpo.reinforcement import Probe
-    from stages.solving import solve
+    from stages.probing import ask
 
     adapted = state.policy.adapted
-    greedy = type(coach.sampling)(0.0, 1.0, params.max_own_tokens, params.max_calls, 0)
 
     def probe() -> None:
-        with merged(adapted):
-            engine.refresh()
-            solved = [
-                one
-                for part in solve(engine, coach.tokenizer, problems.probes, greedy, AT_ONCE)
-                for one in part
-            ]
-        state.probes.append(Probe.of(state.step, solved))
+        most = params.max_own_tokens, params.max_calls
+        state.probes.append(ask(engine, adapted, problems.probes, state.step, *most))
         job.say(f"step {state.step}: {state.probes[-1].share} of the probes are right")
 
     if not state.probes:
@@ -134,18 +128,6 @@ def reinforce(state, coach, engine, problems, params: Params, job: Job) -> None:
             probe()
             seen |= {"probe_right": state.probes[-1].share.value}
         job.step_done(state, state.step, params.steps, **seen)
-
-
-def why_not(probes, forgetting, params: Params) -> str | None:
-    """Why the policy must not be kept; None when it may."""
-    from stages.grpo.reinforcement import got_worse
-
-    first, last = probes[0], probes[-1]
-    if got_worse(first, last):
-        return f"of the probes {last.share} are right, {first.share} were"
-    if forgetting.ratio > 1 + params.forgetting:
-        return f"perplexity of {params.general_text} is {forgetting} times the student's"
-    return None
 
 
 STAGE = Stage("grpo", Params, run)
