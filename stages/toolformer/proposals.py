@@ -46,7 +46,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Place:
-    """Before which token of a text's reply a call might stand, and how likely the model opens one."""
+    """Before which token of a reply a call might stand, and how likely the model begins one."""
 
     text: int
     token: int

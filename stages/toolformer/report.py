@@ -26,7 +26,7 @@ class Found:
 
     @property
     def counts(self) -> dict[str, float]:
-        """Flat numbers. calls_to_the_point: kept ones whose result is what the text goes on with."""
+        """Flat numbers. calls_to_the_point: kept ones with whose result the text goes on."""
         return {
             "texts": len(self.texts),
             "calls_written": self.written,
