@@ -1,0 +1,1 @@
+"""Using the model: tools, retrieval and the engine that is shipped. Nothing here trains."""
