@@ -67,7 +67,7 @@ def run_program(code: str) -> tuple[Any, bool]:
 
 
 def as_json(value: Any) -> Any:
-    """A value as JSON types; sets in order, and what JSON has no word for as its name in brackets."""
+    """A value as JSON types; sets in order, what JSON has no word for as `<its type>`."""
     return _as_json(value, 0, [MOST_ELEMENTS])
 
 

@@ -1,4 +1,4 @@
-"""What a program finds around it: its built-ins, a frozen `math`, and guards on attributes and size.
+"""What a program finds around it: built-ins, a frozen `math`, guards on attributes and size.
 
 Nothing here is shared between programs: `surroundings` builds it afresh, and the process ends with
 the program. There is no `type`, `open`, `eval`, `super`, `bytes`, `vars` or module but `math`.
@@ -28,9 +28,9 @@ _OFFERED = (
     all, any, bin, dict, enumerate, filter, frozenset, iter, list, map, max, min, next, object,
     reversed, set, sorted, sum, tuple, zip,
 )  # fmt: skip
-_MATH = """acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh degrees dist e exp exp2
-expm1 fabs floor fmod fsum gcd hypot inf isclose isfinite isinf isnan isqrt lcm log log10 log1p log2
-modf nan pi prod radians sin sinh sqrt tan tanh tau trunc"""
+_MATH = """acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh degrees dist e exp
+exp2 expm1 fabs floor fmod fsum gcd hypot inf isclose isfinite isinf isnan isqrt lcm log log10 log1p
+log2 modf nan pi prod radians sin sinh sqrt tan tanh tau trunc"""
 _WIDTH = re.compile(r"%[^a-zA-Z%]*?(\d{5,}|\*)")
 
 
@@ -158,6 +158,7 @@ def surroundings(printer: Callable[[Any], Any]) -> dict[str, Any]:
         "__builtins__": offered,
         "__name__": "program",
         "__metaclass__": make_class,
+        "_apply_": lambda function, *given, **named: function(*given, **named),
         "_binary_": binary,
         "_getattr_": attribute,
         "_getitem_": operator.getitem,

@@ -58,6 +58,13 @@ class Policy(RestrictingNodeTransformer):
         )
         return ast.copy_location(ast.Assign(targets=[self.visit(node.target)], value=value), node)
 
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        """`x: int = 3` is `x = 3`; `x: int` is nothing."""
+        if node.value is None:
+            return ast.copy_location(ast.Pass(), node)
+        plain = ast.Assign(targets=[node.target], value=node.value)
+        return self.visit(ast.copy_location(plain, node))
+
     def visit_Module(self, node: ast.Module) -> ast.AST:
         """The last line's value goes to a name of ours."""
         node = super().visit_Module(node)

@@ -1,0 +1,192 @@
+"""The sandbox: what stands between a model's code and the machine, layer by layer.
+
+A call runs in a worker: a process forked from a server that was started by `exec`, with an explicit
+module path and nothing else in its environment, so that it holds none of the trainer's memory,
+files or secrets. A worker of `py` and `bash` serves one call; those of `calc`, which executes
+nothing, serve many. Around a worker, where the system has them:
+
+language    (calculator, python_policy, shell) keeps out mistakes and every known trick.
+            Not: faults in the interpreter or in a C library.
+process     and deadline: hanging, crashing, leaving something behind; the worker and all that it
+            started is killed. Not: anything that is done before the deadline.
+user        root's rights: a server of root's goes on as nobody. Not: what every user may do.
+limits      (rlimits) using up memory, CPU time, open files; core dumps; writing large files.
+            Not: reading, network.
+seccomp     all system calls but a few: `calc` and `py` open no file, make no connection, start and
+            signal nothing. Not: faults in those few calls of the kernel.
+landlock    files other than the listed ones; by kernel version also TCP, and signals to others.
+            Not: reading below /usr/lib, which commands of `bash` need.
+namespaces  network, other processes, every file outside /usr, filling the disk from the scratch
+            folder. Not: faults in the kernel.
+
+None of it protects from a fault in the kernel, from timing and cache side channels, from another
+process of the same user outside when `namespaces` is missing, or from a model that is *wrong*. For
+code of strangers on a machine that matters, put a virtual machine around all of it.
+
+Each layer is tried out in a child when the server starts: it counts only if what it forbids then
+fails. `py` needs seccomp; `bash` needs seccomp, and Landlock or namespaces. What does not have what
+it needs refuses to run, unless `unsafe` was asked for; `calc` needs none: nothing is executed.
+"""
+
+import ctypes
+import math
+import os
+import resource
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from runtime.tools import landlock, seccomp
+from runtime.tools.kernel import (
+    PR_SET_DUMPABLE,
+    PR_SET_PDEATHSIG,
+    check,
+    libc,
+    machine,
+    prctl,
+)
+from runtime.tools.shell import programs
+
+LAYERS = ("user", "limits", "seccomp", "landlock", "namespaces")
+NEEDED = {"py": ("seccomp",), "bash": ("seccomp",)}
+_SIGKILL = 9
+_NOBODY = 65534
+MEBIBYTE = 1 << 20
+_READABLE = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/libexec", "/etc/ld.so.cache")
+_LOADERS = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one call may use.
+
+    seconds: wall time; at the deadline everything that the call started is killed. memory_mb:
+    address space on top of the interpreter's. output_chars: of the result's JSON, else it is cut.
+    scratch_mb: all files of all calls together. at_once: calls that run at the same time.
+    """
+
+    seconds: float = 2.0
+    memory_mb: int = 256
+    output_chars: int = 4_000
+    scratch_mb: int = 16
+    at_once: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"the limit {name} is {value}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class Protection:
+    """The layers that hold here; landlock_abi is 0 without Landlock."""
+
+    layers: tuple[str, ...]
+    landlock_abi: int = 0
+
+    @cached_property
+    def missing(self) -> tuple[str, ...]:
+        """The layers that do not hold."""
+        return tuple(layer for layer in LAYERS if layer not in self.layers)
+
+    def refuses(self, tool: str) -> str | None:
+        """Why a tool must not run under these layers; None: it may."""
+        lacking = [layer for layer in NEEDED.get(tool, ()) if layer not in self.layers]
+        if tool == "bash" and not {"landlock", "namespaces"} & set(self.layers):
+            lacking.append("landlock or namespaces")
+        if not lacking:
+            return None
+        return f"{tool} does not run here: the sandbox has no {' and no '.join(lacking)}"
+
+    @property
+    def words(self) -> str:
+        """What protects, in words."""
+        shown = [
+            f"landlock (ABI {self.landlock_abi})" if x == "landlock" else x for x in self.layers
+        ]
+        held = ", ".join(["a process of its own", "deadline", *shown])
+        return held + (f"; missing: {', '.join(self.missing)}" if self.missing else "; all layers")
+
+
+def leave_root() -> None:
+    """From root to nobody, for good; an ordinary user stays who it is. Raises OSError."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+
+
+def confine(
+    protection: Protection, limits: Limits, tool: str, scratch: Path, used: int, calls: int
+) -> None:
+    """Shuts this process in, for good: the first thing that a worker does.
+
+    calls: how many it serves, for the limit on CPU time, which is behind the deadline. used: bytes
+    of address space that the interpreter has already. Raises OSError when a layer that held when it
+    was tried does not hold now: the worker must end then.
+    """
+    os.setsid()
+    if machine():
+        prctl(PR_SET_PDEATHSIG, _SIGKILL)
+        prctl(PR_SET_DUMPABLE, 0)
+    if "limits" in protection.layers:
+        set_limits(limits, used, runs_commands=tool == "bash")
+        _limit(resource.RLIMIT_CPU, math.ceil(limits.seconds * calls) + 2)
+    if "namespaces" in protection.layers:
+        _drop_capabilities()
+    if "landlock" in protection.layers:
+        landlock.restrict(protection.landlock_abi, _files_of(tool, scratch))
+    if "seccomp" in protection.layers and tool != "bash":
+        seccomp.apply_filter(seccomp.compute_filter())
+
+
+def confine_command(protection: Protection, limits: Limits) -> None:
+    """Shuts in a command of `bash`, in the process that is about to become it."""
+    if machine():
+        prctl(PR_SET_PDEATHSIG, _SIGKILL)
+    if "limits" in protection.layers:
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        _limit(resource.RLIMIT_AS, limits.memory_mb * MEBIBYTE)
+    if "seccomp" in protection.layers:
+        seccomp.apply_filter(seccomp.command_filter())
+
+
+def set_limits(limits: Limits, used: int, runs_commands: bool) -> None:
+    """Puts the rlimits on this process. RLIMIT_AS holds nothing on macOS."""
+    _limit(resource.RLIMIT_AS, used + limits.memory_mb * MEBIBYTE)
+    _limit(resource.RLIMIT_FSIZE, limits.scratch_mb * MEBIBYTE if runs_commands else 0)
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_NOFILE, 64)
+    if not runs_commands:
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+
+
+def _limit(kind: int, value: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    lower = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (lower, lower))
+
+
+def _files_of(tool: str, scratch: Path) -> dict[Path, int]:
+    """What a worker may reach of the file system: nothing, unless it runs commands."""
+    if tool != "bash":
+        return {}
+    files = {Path(path): landlock.READ_ONLY for path in _READABLE if Path(path).exists()}
+    files |= {path: landlock.RUN for path in programs()}
+    files |= {Path(path): landlock.RUN for path in _LOADERS if Path(path).exists()}
+    return files | {scratch: landlock.SCRATCH}
+
+
+def _drop_capabilities() -> None:
+    """Gives up what the process may do inside its own user namespace."""
+    header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0))
+    check(libc().capset(header, ctypes.create_string_buffer(24)), "capset")
+
+
+def address_space() -> int:
+    """Bytes of address space that this process has."""
+    statistics = Path("/proc/self/statm")
+    if not statistics.exists():
+        return 1 << 30
+    return int(statistics.read_text().split()[0]) * resource.getpagesize()
