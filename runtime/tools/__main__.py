@@ -19,7 +19,7 @@ from typing import Any
 from runtime.tools import frames, namespaces
 from runtime.tools.probing import probe
 from runtime.tools.runners import RUNNERS, Room, cut
-from runtime.tools.sandbox import Limits, Protection, address_space, leave_root
+from runtime.tools.sandbox import Limits, Protection, address_space, leave_root, prepared
 from runtime.tools.server import Server
 from runtime.tools.worker import Answer
 
@@ -75,7 +75,7 @@ def main(settings: dict[str, Any], answer: Answer = answer) -> None:
     gc.freeze()  # what is shared with the workers stays untouched by their collector
     shown = {"layers": protection.layers, "abi": protection.landlock_abi, "refused": refused}
     link.sendall(frames.pack({"ready": shown | {"scratch": str(scratch)}}))
-    room = Room(scratch, protection, limits)
+    room = Room(scratch, prepared(protection, scratch), limits)
     try:
         Server(link, room, used, names, refused, answer).serve()
     finally:

@@ -86,7 +86,9 @@ def _become(
         os.closerange(3, 64)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         confine_command(protection, limits)
-        os.execve(arguments[0], arguments, {"LC_ALL": "C.UTF-8", "TZ": "UTC", "TMPDIR": os.getcwd()})
+        os.execve(
+            arguments[0], arguments, {"LC_ALL": "C.UTF-8", "TZ": "UTC", "TMPDIR": os.getcwd()}
+        )
     except OSError as error:
         os.write(2, f"{Path(arguments[0]).name}: {error.strerror}\n".encode())
     finally:

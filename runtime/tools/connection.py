@@ -71,15 +71,18 @@ class Connection:
             self._kill()
             raise ServerDied(f"it was not ready within {START_S:g} s") from None
 
-    def ask(self, head: dict[str, Any], arguments: dict[str, Any]) -> "Future[ToolResult]":
+    def ask(self, number: int, tool: str, arguments: dict[str, Any]) -> "Future[ToolResult]":
         """Sends a call; its result comes in the future, or ServerDied."""
         given: Future[ToolResult] = Future()
+        call = frames.pack({"id": number, "tool": tool, "arguments": arguments})
         with self._lock:
-            self._waiting[head["id"]] = given
+            self._waiting[number] = given
             try:
-                self._link.sendall(frames.pack(head | {"arguments": arguments}))
+                if self.dead:
+                    raise OSError
+                self._link.sendall(call)
             except OSError:
-                self._waiting.pop(head["id"], None)
+                del self._waiting[number]
                 given.set_exception(ServerDied(self._last_words()))
         return given
 

@@ -4,10 +4,10 @@
         print(tools.level)
         tools.run(find_call('<<calc>>{"expression": "12*34"}')).value    # 408
 
-The fork server starts in the background when the context is entered (it imports sympy for a second
-or two); the first call waits for it. Calls may come from several threads. A server that dies is
-started again, and calls that it had are tried once more. Given the same calls the values are the
-same, except where a call comes close to the deadline.
+The fork servers start in the background when the context is entered (that of calc imports sympy for
+a second or two); the first call waits for its own. Calls may come from several threads. A server
+that dies is started again, and calls that it had are tried once more. Given the same calls the
+values are the same, except where a call comes close to the deadline.
 """
 
 import dataclasses
@@ -26,6 +26,10 @@ from runtime.tools.connection import Connection, ServerDied
 from runtime.tools.sandbox import LAYERS, Limits, Protection
 
 __all__ = ["Limits", "ToolResult", "Tools"]
+
+# Which tools share a fork server: forking costs by what is loaded, and only calc needs sympy.
+SERVERS = (("calc",), ("py", "bash"))
+Asked = tuple[Connection, Future[ToolResult]]
 
 
 class Tools:
@@ -49,9 +53,9 @@ class Tools:
         for name in names:
             if name not in SCHEMAS:
                 raise ValueError(f"no tool {name!r}; there are {', '.join(SCHEMAS)}")
+        self.names = tuple(names)
         self.limits = limits or Limits()
         self._settings = {
-            "names": list(names),
             "limits": dataclasses.asdict(self.limits),
             "layers": list(layers),
             "unsafe": unsafe,
@@ -60,14 +64,15 @@ class Tools:
         self._log_path = log
         self._log: TextIO | None = None
         self._lock = threading.Lock()
-        self._connection: Connection | None = None
+        self._connections: dict[str, Connection] = {}  # tool -> its server
         self._numbers = itertools.count()
 
     def __enter__(self) -> Self:
         if self._log_path is not None:
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
             self._log = self._log_path.open("a", encoding="utf-8")
-        self._connection = Connection(self._server, self._settings)
+        for group in SERVERS:
+            self._start(group)
         return self
 
     def __exit__(
@@ -76,22 +81,24 @@ class Tools:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._connection is not None:
-            self._connection.close()
+        for connection in set(self._connections.values()):
+            connection.close()
         if self._log is not None:
             self._log.close()
-        self._connection = self._log = None
+        self._connections, self._log = {}, None
 
     @property
     def protection(self) -> Protection:
         """The layers of the sandbox that hold here. Waits for the server."""
-        ready = self._connected().ready()
-        return Protection(tuple(ready["layers"]), ready["abi"])
+        found = [one.ready() for one in set(map(self._connected, self.names))]
+        layers = tuple(x for x in LAYERS if all(x in ready["layers"] for ready in found))
+        return Protection(layers, min(ready["abi"] for ready in found))
 
     @property
     def refused(self) -> dict[str, str]:
         """The tools that do not run here, and why."""
-        return dict(self._connected().ready()["refused"])
+        each = (self._connected(name).ready()["refused"] for name in self.names)
+        return {name: why for refused in each for name, why in refused.items()}
 
     @property
     def level(self) -> str:
@@ -107,53 +114,55 @@ class Tools:
     def run_all(self, calls: Iterable[Call | BadCall]) -> list[ToolResult]:
         """Runs calls, `limits.at_once` at a time, and gives their results in order."""
         calls = list(calls)
-        connection = self._connected()
-        asked = [self._ask(connection, call) for call in calls]
+        asked = [self._ask(call) for call in calls]
         results = []
         for call, given in zip(calls, asked, strict=True):
-            result = self._await(connection, call, given)
+            result = self._await(call, given)
             self._note(call, result)
             results.append(result)
         return results
 
-    def _ask(self, connection: Connection, call: Call | BadCall) -> "Future[ToolResult]":
+    def _ask(self, call: Call | BadCall) -> "Asked | ToolResult":
         """Sends a call, unless it is clear already what comes of it."""
-        wrong = call.error if isinstance(call, BadCall) else check_arguments(*_parts(call))
+        if isinstance(call, BadCall):
+            return ToolResult(False, None, call.error, 0.0)
+        if call.name not in self.names:
+            wrong = f"there is no tool {call.name!r} here; there are {', '.join(self.names)}"
+            return ToolResult(False, None, wrong, 0.0)
+        wrong = check_arguments(call.name, call.arguments)
         if wrong:
-            done: Future[ToolResult] = Future()
-            done.set_result(ToolResult(False, None, wrong, 0.0))
-            return done
-        return connection.ask({"id": next(self._numbers), "tool": call.name}, call.arguments)
+            return ToolResult(False, None, wrong, 0.0)
+        connection = self._connected(call.name)
+        return connection, connection.ask(next(self._numbers), call.name, call.arguments)
 
-    def _await(
-        self, connection: Connection, call: Call | BadCall, given: "Future[ToolResult]"
-    ) -> ToolResult:
+    def _await(self, call: Call | BadCall, asked: "Asked | ToolResult") -> ToolResult:
         """The result of a call; one that a dying server has lost is tried once more."""
-        try:
-            return connection.result(given, self.limits.seconds)
-        except ServerDied:
-            again = self._restarted(connection)
-        try:
-            return again.result(self._ask(again, call), self.limits.seconds)
-        except ServerDied as death:
-            return ToolResult(False, None, f"the tool server ended: {death}", 0.0)
+        for last in (False, True):
+            if isinstance(asked, ToolResult):
+                return asked
+            connection, given = asked
+            try:
+                return connection.result(given, self.limits.seconds)
+            except ServerDied as death:
+                lost = ToolResult(False, None, f"the tool server ended: {death}", 0.0)
+                asked = lost if last else self._ask(call)
+        return lost
 
-    def _connected(self) -> Connection:
-        if self._connection is None:
-            raise RuntimeError("use the tools inside `with Tools() as tools:`")
-        if self._connection.dead:
-            return self._restarted(self._connection)
-        return self._connection
+    def _start(self, group: Sequence[str]) -> None:
+        names = [name for name in group if name in self.names]
+        if names:
+            connection = Connection(self._server, self._settings | {"names": names})
+            self._connections |= dict.fromkeys(names, connection)
 
-    def _restarted(self, dead: Connection) -> Connection:
-        """A connection to a new server; whoever comes first starts it."""
+    def _connected(self, name: str) -> Connection:
+        """The server of a tool; whoever first finds it dead starts another."""
         with self._lock:
-            if self._connection is dead:
-                dead.close()
-                self._connection = Connection(self._server, self._settings)
-            if self._connection is None:
-                raise RuntimeError("the tools were closed while a call ran")
-            return self._connection
+            if name not in self._connections:
+                raise RuntimeError("use the tools inside `with Tools() as tools:`")
+            if self._connections[name].dead:
+                self._connections[name].close()
+                self._start(next(group for group in SERVERS if name in group))
+            return self._connections[name]
 
     def _note(self, call: Call | BadCall, result: ToolResult) -> None:
         if self._log is None:
@@ -167,7 +176,3 @@ class Tools:
         with self._lock:
             self._log.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._log.flush()
-
-
-def _parts(call: Call) -> tuple[str, dict[str, Any]]:
-    return call.name, call.arguments

@@ -7,9 +7,9 @@ abstract sockets from 6.
 
 import ctypes
 import os
+import stat
 import struct
 from collections.abc import Mapping
-from pathlib import Path
 
 from runtime.tools.kernel import PR_SET_NO_NEW_PRIVS, prctl, syscall
 
@@ -30,8 +30,8 @@ def abi() -> int:
     return syscall("landlock_create_ruleset", 0, 0, _VERSION)
 
 
-def restrict(version: int, allowed: Mapping[Path, int]) -> None:
-    """Takes from this process all files but the allowed ones: path -> rights beneath it.
+def ruleset(version: int, allowed: Mapping[str, int]) -> int:
+    """An open file that stands for a set of rules: path -> rights beneath it, and nothing else.
 
     version: from `abi`. Raises OSError when the kernel refuses, or a path does not exist.
     """
@@ -40,19 +40,21 @@ def restrict(version: int, allowed: Mapping[Path, int]) -> None:
     attributes = attributes[: 8 if version < 4 else 16 if version < 6 else 24]
     held = ctypes.create_string_buffer(attributes, len(attributes))
     rules = syscall("landlock_create_ruleset", ctypes.addressof(held), len(attributes), 0)
-    try:
-        for path, rights in allowed.items():
-            _allow(rules, path, rights & handled)
-        prctl(PR_SET_NO_NEW_PRIVS, 1)
-        syscall("landlock_restrict_self", rules, 0)
-    finally:
-        os.close(rules)
+    for path, rights in allowed.items():
+        _allow(rules, path, rights & handled)
+    return rules
 
 
-def _allow(rules: int, path: Path, rights: int) -> None:
+def restrict(rules: int) -> None:
+    """Puts a set of rules on this process, for good; several add up to what all of them allow."""
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    syscall("landlock_restrict_self", rules, 0)
+
+
+def _allow(rules: int, path: str, rights: int) -> None:
     opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        if not path.is_dir():
+        if not stat.S_ISDIR(os.fstat(opened).st_mode):
             rights &= _OF_A_FILE
         rule = struct.pack("=Qi", rights, opened)
         held = ctypes.create_string_buffer(rule, len(rule))

@@ -67,7 +67,7 @@ def _seccomp_holds() -> bool:
 
 
 def _landlock_holds() -> bool:
-    landlock.restrict(landlock.abi(), {})
+    landlock.restrict(landlock.ruleset(landlock.abi(), {}))
     try:
         os.listdir("/")
     except PermissionError:

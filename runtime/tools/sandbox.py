@@ -33,7 +33,8 @@ import math
 import os
 import resource
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -53,7 +54,8 @@ NEEDED = {"py": ("seccomp",), "bash": ("seccomp",)}
 _SIGKILL = 9
 _NOBODY = 65534
 MEBIBYTE = 1 << 20
-_READABLE = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/libexec", "/etc/ld.so.cache")
+_LIBRARIES = ("/lib", "/lib64", "/etc/ld.so.cache")
+_READABLE = ("/usr/lib", "/usr/lib64", "/usr/libexec", *_LIBRARIES)
 _LOADERS = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
 
 
@@ -80,10 +82,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Protection:
-    """The layers that hold here; landlock_abi is 0 without Landlock."""
+    """The layers that hold here.
+
+    landlock_abi: 0 without Landlock. rules: open files of rules that were made ready.
+    """
 
     layers: tuple[str, ...]
     landlock_abi: int = 0
+    rules: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def missing(self) -> tuple[str, ...]:
@@ -102,11 +108,9 @@ class Protection:
     @property
     def words(self) -> str:
         """What protects, in words."""
-        shown = [
-            f"landlock (ABI {self.landlock_abi})" if x == "landlock" else x for x in self.layers
-        ]
-        held = ", ".join(["a process of its own", "deadline", *shown])
-        return held + (f"; missing: {', '.join(self.missing)}" if self.missing else "; all layers")
+        held = ", ".join(["a process of its own", "a deadline", *self.layers])
+        held = held.replace("landlock", f"landlock (ABI {self.landlock_abi})")
+        return f"{held}; missing: {', '.join(self.missing) or 'nothing'}"
 
 
 def leave_root() -> None:
@@ -136,8 +140,12 @@ def confine(
     if "namespaces" in protection.layers:
         _drop_capabilities()
     if "landlock" in protection.layers:
-        landlock.restrict(protection.landlock_abi, _files_of(tool, scratch))
-    if "seccomp" in protection.layers and tool != "bash":
+        _restrict_files(protection, tool, scratch)
+
+
+def confine_computing(protection: Protection) -> None:
+    """The last step for a worker that runs no commands, when its files are as they will stay."""
+    if "seccomp" in protection.layers:
         seccomp.apply_filter(seccomp.compute_filter())
 
 
@@ -168,14 +176,37 @@ def _limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (lower, lower))
 
 
-def _files_of(tool: str, scratch: Path) -> dict[Path, int]:
-    """What a worker may reach of the file system: nothing, unless it runs commands."""
+def prepared(protection: Protection, scratch: Path) -> Protection:
+    """The protection with what can be made ready before any fork: rules for files, and filters.
+
+    scratch: the folder that all scratch folders lie in.
+    """
+    if "seccomp" in protection.layers:
+        seccomp.compute_filter()
+        seccomp.command_filter()
+    if "landlock" not in protection.layers:
+        return protection
+    version = protection.landlock_abi
+    shared = {path: landlock.READ_ONLY for path in _READABLE if os.path.exists(path)}
+    files = shared | {path: landlock.RUN for path in [*map(str, programs()), *_LOADERS]}
+    files = {path: rights for path, rights in files.items() if os.path.exists(path)}
+    files |= {str(scratch): landlock.SCRATCH}
+    rules = {"commands": landlock.ruleset(version, files), "nothing": landlock.ruleset(version, {})}
+    return replace(protection, rules=rules)
+
+
+def _restrict_files(protection: Protection, tool: str, scratch: Path) -> None:
+    """No file at all, or for commands what is prepared for them, and one scratch folder of all."""
     if tool != "bash":
-        return {}
-    files = {Path(path): landlock.READ_ONLY for path in _READABLE if Path(path).exists()}
-    files |= {path: landlock.RUN for path in programs()}
-    files |= {Path(path): landlock.RUN for path in _LOADERS if Path(path).exists()}
-    return files | {scratch: landlock.SCRATCH}
+        landlock.restrict(protection.rules["nothing"])
+        return
+    landlock.restrict(protection.rules["commands"])
+    own = {path: landlock.READ_ONLY | landlock.EXECUTE for path in ("/usr", *_LIBRARIES)}
+    own = {path: rights for path, rights in own.items() if os.path.exists(path)}
+    own[str(scratch)] = landlock.SCRATCH
+    rules = landlock.ruleset(protection.landlock_abi, own)
+    landlock.restrict(rules)
+    os.close(rules)
 
 
 def _drop_capabilities() -> None:

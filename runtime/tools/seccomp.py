@@ -12,6 +12,7 @@ and the mount namespace say which), and be started once; it cannot start or sign
 
 import ctypes
 import struct
+from functools import cache
 
 from runtime.tools.kernel import (
     AUDIT_ARCHITECTURE,
@@ -56,6 +57,7 @@ def _step(code: int, value: int, then: int = 0, otherwise: int = 0) -> bytes:
 _PASS, _REFUSE = _step(_RETURN, _ALLOW), _step(_RETURN, _ERRNO | _EPERM)
 
 
+@cache
 def compute_filter() -> bytes:
     """The filter for code that only computes: COMPUTE, and no memory that can be executed."""
     no_code = _step(_LOAD, _THIRD) + _step(_ANY_BIT, _PROT_EXEC, 0, 1) + _REFUSE + _PASS
@@ -64,6 +66,7 @@ def compute_filter() -> bytes:
     )
 
 
+@cache
 def command_filter() -> bytes:
     """The filter for a command: COMMANDS; its limits it may read, not set; a thread is refused."""
     only_reading = b"".join(

@@ -17,7 +17,7 @@ from runtime.tools import frames
 from runtime.tools.kernel import fork_into
 from runtime.tools.namespaces import NEW_PROCESSES
 from runtime.tools.runners import RUNNERS, Room
-from runtime.tools.sandbox import confine
+from runtime.tools.sandbox import confine, confine_computing
 
 Answer = Callable[[str, dict[str, Any], Room], dict[str, Any]]  # tool, arguments, room -> message
 
@@ -50,9 +50,11 @@ def start(tool: str, room: Room, used: int, answer: Answer) -> Worker:
     pid = fork_into(NEW_PROCESSES) if apart else os.fork()
     if pid == 0:
         try:
-            file = _only(theirs.fileno())
             inside = replace(room, scratch=own or room.scratch)
             confine(room.protection, room.limits, tool, inside.scratch, used, RUNNERS[tool].calls)
+            file = _only(theirs.fileno())
+            if tool != "bash":
+                confine_computing(room.protection)
             _work(file, tool, inside, answer)
         finally:
             os._exit(70)
@@ -71,7 +73,7 @@ def end(worker: Worker) -> int:
 
 def _only(file: int) -> int:
     """Closes every file but one, which becomes file 3; 0, 1 and 2 lead nowhere."""
-    kept = os.dup2(file, 200)
+    kept = os.dup2(file, 60)
     nowhere, _ = os.pipe()
     for standard in range(3):
         os.dup2(nowhere, standard)
