@@ -1,12 +1,14 @@
 """Runs a pipeline of checked commands: what a worker of `bash` does.
 
-This process is ours and starts one child for each command; a child shuts itself in and becomes its
-command. What the last one writes comes back. When enough was written, or the worker is killed, all
-of them are.
+This process runs nothing but our code, and starts one child for each command; a child shuts itself
+in and becomes its command. What the last one writes comes back. When enough was written all of them
+are killed, and so they are with this process at the deadline. No command can start another, so
+that none is left when all children have ended.
 """
 
 import os
 import selectors
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from runtime.tools.sandbox import Limits, Protection, confine_command
 from runtime.tools.shell import is_failure, path_inside, pipeline
 from runtime.tools.shell_words import Refused
 
+# Letters are Unicode; order and messages are those of C, and need no further files to be loaded.
+ENVIRONMENT = {"LC_CTYPE": "C.UTF-8", "TZ": "UTC0"}
 LONGEST_ERRORS = 500  # bytes kept of what commands complain of
 
 
@@ -31,8 +35,16 @@ def run_commands(
     """
     commands = pipeline(arguments["command"])
     os.chdir(scratch)
-    for name, text in arguments.get("files", {}).items():
-        _write(path_inside(name), text)
+    try:
+        for name, text in arguments.get("files", {}).items():
+            _write(path_inside(name), text)
+        return _run(commands, protection, limits)
+    finally:
+        _empty(scratch)
+
+
+def _run(commands: list[list[str]], protection: Protection, limits: Limits) -> tuple[str, bool]:
+    """What the last command prints, and whether that was cut."""
     children, output, errors = _start(commands, protection, limits)
     written, complaints, cut = _read(output, errors, limits.output_chars * 4)
     if cut:  # else each has ended, or closed what it wrote to
@@ -46,6 +58,16 @@ def run_commands(
     if not cut and complaint and not text:
         raise CommandFailed(complaint)
     return text, cut
+
+
+def _empty(folder: Path) -> None:
+    """Leaves nothing for the next call. Raises OSError; the worker ends with it."""
+    with os.scandir(folder) as found:
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
 
 
 def _write(name: str, text: str) -> None:
@@ -86,9 +108,7 @@ def _become(
         os.closerange(3, 64)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         confine_command(protection, limits)
-        os.execve(
-            arguments[0], arguments, {"LC_ALL": "C.UTF-8", "TZ": "UTC", "TMPDIR": os.getcwd()}
-        )
+        os.execve(arguments[0], arguments, ENVIRONMENT | {"TMPDIR": os.getcwd()})
     except OSError as error:
         os.write(2, f"{Path(arguments[0]).name}: {error.strerror}\n".encode())
     finally:

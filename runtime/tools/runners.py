@@ -26,7 +26,8 @@ class Room:
 class Runner:
     """A tool. run: (arguments, room) -> JSON value, and whether output was cut.
 
-    calls: how many a worker serves; what a program could leave behind for the next one says 1.
+    calls: how many a worker serves. 1 where the model's own code runs in it; otherwise it is
+    renewed now and then, for what sympy keeps in its caches.
     """
 
     warm: Callable[[], None]
@@ -71,6 +72,9 @@ def _run_python(arguments: dict[str, Any], room: Room) -> tuple[Any, bool]:
 
 def _warm_commands() -> None:
     import runtime.tools.commands  # noqa: F401
+    from runtime.tools.shell import pipeline
+
+    pipeline("seq 3 | cat")
 
 
 def _run_commands(arguments: dict[str, Any], room: Room) -> tuple[Any, bool]:
@@ -82,7 +86,7 @@ def _run_commands(arguments: dict[str, Any], room: Room) -> tuple[Any, bool]:
 RUNNERS: dict[str, Runner] = {
     "calc": Runner(_warm_calculator, _run_calculator, calls=500),
     "py": Runner(_warm_python, _run_python, calls=1),
-    "bash": Runner(_warm_commands, _run_commands, calls=1),
+    "bash": Runner(_warm_commands, _run_commands, calls=500),
 }
 
 

@@ -2,8 +2,8 @@
 
 A call runs in a worker: a process forked from a server that was started by `exec`, with an explicit
 module path and nothing else in its environment, so that it holds none of the trainer's memory,
-files or secrets. A worker of `py` and `bash` serves one call; those of `calc`, which executes
-nothing, serve many. Around a worker, where the system has them:
+files or secrets. A worker of `py` serves one call; those of `calc` and `bash`, in which no
+code of the model runs, serve many. Around a worker, where the system has them:
 
 language    (calculator, python_policy, shell) keeps out mistakes and every known trick.
             Not: faults in the interpreter or in a C library.

@@ -9,6 +9,8 @@ folder. What of this were wrong, the sandbox would still hold.
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from runtime.tools.shell_commands import COMMANDS, FILES, FIND_TESTS, KNOWN, NUMBERS, Command
@@ -32,6 +34,7 @@ def is_failure(arguments: list[str], status: int) -> bool:
     return status > 1 if known.quiet_failure else status != 0
 
 
+@cache
 def program(name: str) -> Path:
     """Where a command lies. Raises Refused where it is not installed."""
     for folder in FOLDERS:
@@ -42,7 +45,11 @@ def program(name: str) -> Path:
 
 def programs() -> list[Path]:
     """The installed ones of the known commands."""
-    return [folder / name for name in KNOWN for folder in FOLDERS if (folder / name).is_file()]
+    found = []
+    for name in KNOWN:
+        with suppress(Refused):
+            found.append(program(name))
+    return found
 
 
 def path_inside(name: str) -> str:
