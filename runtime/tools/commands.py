@@ -46,7 +46,11 @@ def run_commands(
 def _run(commands: list[list[str]], protection: Protection, limits: Limits) -> tuple[str, bool]:
     """What the last command prints, and whether that was cut."""
     children, output, errors = _start(commands, protection, limits)
-    written, complaints, cut = _read(output, errors, limits.output_chars * 4)
+    try:
+        written, complaints, cut = _read(output, errors, limits.output_chars * 4)
+    finally:
+        os.close(output)
+        os.close(errors)
     if cut:  # else each has ended, or closed what it wrote to
         for child in children:
             os.kill(child, signal.SIGKILL)
