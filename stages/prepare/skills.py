@@ -16,6 +16,7 @@ from registry.catalog import lookup
 from registry.strict import strict_yaml
 from stages.contract import Job, Metrics
 from stages.formats.conversations import Conversation, write_conversations
+from stages.prepare.arithmetic import training_problems as plain_problems
 from stages.prepare.clean import Document, drop_contaminated, drop_exact_duplicates
 from stages.prepare.gsm8k import conversation_of
 from stages.prepare.number_masking import mask_recited
@@ -42,6 +43,27 @@ def arithmetic_tools(wanted: Wanted, rows: Rows) -> Made:
     del rows
     train = list(islice(training_problems(wanted.seed), wanted.train))
     return train, heldout_problems(wanted.heldout, wanted.seed)
+
+
+def arithmetic_plain(wanted: Wanted, rows: Rows) -> Made:
+    """Word problems worked out in the head: replies in which the model may find where a call helps."""
+    del rows
+    made = zip(
+        range(2 * (wanted.train + wanted.heldout)), plain_problems(wanted.seed), strict=False
+    )
+    return hold_out([_worked_out(*problem) for _, problem in made], wanted)
+
+
+def _worked_out(id: str, text: str) -> Conversation:
+    """A generated document, "Question: ... Answer: ... The answer is n.", as a conversation."""
+    question, answer = text.removeprefix("Question: ").split("\nAnswer: ")
+    working, result = answer.removesuffix(".").split(" The answer is ")
+    return Conversation(
+        id=id,
+        capability="arithmetic",
+        segments=(("prompt", question), ("own", f"{working}\nFINAL: {result}")),
+        answer=result,
+    )
 
 
 def gsm8k_tools(wanted: Wanted, rows: Rows) -> Made:
@@ -88,6 +110,7 @@ def _digest(text: str) -> str:
 
 CONVERSATION_SOURCES: dict[str, Callable[[Wanted, Rows], Made]] = {
     "arithmetic_tools": arithmetic_tools,
+    "arithmetic_plain": arithmetic_plain,
     "gsm8k_tools": gsm8k_tools,
     "react_tools": react_tools,
     "devops": devops,

@@ -6,7 +6,6 @@ likely it would begin a call there; at the likeliest places it writes some, and 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from modeling.token_log_probs import token_log_probs
 from runtime.generation.answers import Sampling
 from runtime.generation.engine import Engine
 from runtime.prompt import inserted_tokens, prompt_tokens
+from runtime.tools.calls import Call, ToolResult, find_call
 from stages.formats.conversations import Conversation
 from stages.supervision import Example, alike, make_rows
 
@@ -59,8 +59,8 @@ class Proposal:
     """A call at a place, and what the tool gave."""
 
     place: Place
-    call: Any  # runtime.tools.calls.Call
-    result: Any  # runtime.tools.dispatch.ToolResult
+    call: Call
+    result: ToolResult
 
 
 def opening(tool: str) -> str:
@@ -138,14 +138,14 @@ def propose(
         begun = inserted_tokens(opening(place.tool), tokenizer)
         prompts.append([*text.prompt, *text.reply[: place.token], *begun])
     written = 0
-    wanted: list[tuple[Place, Any]] = []
+    wanted: list[tuple[Place, Call]] = []
     for place, answers in zip(
         places, engine.answer(prompts, tries, replace(sampling, max_calls=0)), strict=True
     ):
         calls = {}
         for answer in answers:
-            call = engine.tools.find_call(opening(place.tool) + answer.text)
-            if call is not None and hasattr(call, "arguments"):
+            call = find_call(opening(place.tool) + answer.text)
+            if isinstance(call, Call):
                 calls[call.text] = call
         written += len(answers)
         wanted += [(place, call) for call in calls.values()]
