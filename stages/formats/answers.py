@@ -5,8 +5,10 @@ says: a FINAL inside a call's arguments or a tool's result is none.
 
     parts of a reply    own text | call | result | own text | ...
 
-A result is the runtime's when it is one line right behind a complete call. Any other `<<result>>`
-was written by the model: it is forged. Numbers are compared as exact fractions.
+A result is the runtime's when it is one line right behind a complete call: the engine stops there,
+so that a model never gets to write that place itself. Any other `<<result>>` is forged. Where
+something else than the engine samples, and does not stop at calls, text alone cannot tell.
+Numbers are compared as exact fractions.
 """
 
 import re

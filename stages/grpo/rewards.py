@@ -41,7 +41,7 @@ def text_of(completion: Completion) -> str:
         return completion
     parts = []
     for message in completion:
-        content = message["content"] or ""
+        content = message.get("content") or ""  # a message may hold tool calls alone
         if message["role"] == "tool" and not content.startswith(RESULT_MARK):
             content = f"{RESULT_MARK}{content}\n"
         parts.append(content)
@@ -85,7 +85,7 @@ def brevity(count_tokens: CountTokens, longest_tokens: int) -> Reward:
             for given, is_right in zip(completions, right, strict=True)
         ]
 
-    return reward
+    return _named("brevity", reward)
 
 
 def symbol_compression(count_tokens: CountTokens) -> Reward:
@@ -107,7 +107,7 @@ def symbol_compression(count_tokens: CountTokens) -> Reward:
             for given, is_right in zip(completions, right, strict=True)
         ]
 
-    return reward
+    return _named("symbols", reward)
 
 
 def citation(
@@ -145,7 +145,7 @@ def judged(judge: Judge) -> Reward:
             raise ValueError(f"the judge gave {scores} for {len(replies)} answers; one number each")
         return [0.5 + math.atan(score) / math.pi for score in scores]
 
-    return reward
+    return _named("judge", reward)
 
 
 def make_rewards(
@@ -210,6 +210,12 @@ def weighted_sum(
         for place in range(len(completions))
     ]
     return totals, parts
+
+
+def _named(name: str, reward: Reward) -> Reward:
+    """The same function under a name of its own: TRL logs rewards by their functions' names."""
+    reward.__name__ = name
+    return reward
 
 
 def _well_formed(reply: Reply) -> bool:

@@ -5,8 +5,9 @@
                                                     24 clips
     #### 24                               becomes   FINAL: 24
 
-A problem is left out where an annotation is not exactly its expression's value (a rounded third),
-or where it has none: from it nobody would learn that a calculator can be relied upon.
+An annotation that computes nothing (<<5=5>>) becomes plain text. A problem is left out where an
+annotation is not exactly its expression's value (a rounded third), or where there is no call: from
+it nobody would learn that a calculator can be relied upon.
 """
 
 import ast
@@ -21,6 +22,7 @@ from stages.prepare.traces import Step, final, trace
 
 ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
 ANSWER = re.compile(r"\n#### (-?[\d,]+(?:\.\d+)?)\s*$")
+IDLE = re.compile(r"<<([\d.]+)=\1>>")
 OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -38,7 +40,7 @@ def conversation_of(question: str, solution: str) -> Conversation | None:
     if answer is None:
         raise BadConversation(f"no '#### answer' ends the solution of {question[:60]!r}")
     steps, at = [], 0
-    body = solution[: answer.start()]
+    body = IDLE.sub("", solution[: answer.start()])
     for match in ANNOTATION.finditer(body):
         value, written = exact_value(match[1]), exact_value(match[2])
         if value is None or value != written:

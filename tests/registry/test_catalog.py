@@ -110,13 +110,6 @@ def test_texts_tagged_offline_need_no_hub_and_the_rest_do() -> None:
         assert ("offline" in entry.tags) == is_text_of_ours, entry.name
 
 
-def test_conversations_are_tagged_as_skills() -> None:
-    for dataset in every("datasets"):
-        assert ("skills" in dataset.tags) == dataset.teaches_by_conversations, dataset.name
-    for teacher in every("teachers"):
-        assert ("offline" in teacher.tags) == (teacher.package is not None), teacher.name
-
-
 def test_every_text_template_names_the_columns_it_reads() -> None:
     for entry in [*every("datasets"), *every("benchmarks")]:
         if entry.text is None:
@@ -231,24 +224,6 @@ REFUSED = {
         "{python: python_docs}",
         "{python: python_docs, hub: a/b, split: c}",
         "exactly one of",
-    ),
-    "text and conversations at once": (
-        "datasets",
-        "{python: python_docs}",
-        "{python: python_docs, conversations: arithmetic_tools}",
-        "stands alone",
-    ),
-    "a template for conversations": (
-        "datasets",
-        "{conversations: arithmetic_tools}\n  text: null",
-        '{conversations: arithmetic_tools}\n  text: "{question}"',
-        "set 'text' to null",
-    ),
-    "a file that copies nothing": (
-        "datasets",
-        "{python: python_docs}",
-        "{python: python_docs, file: a.jsonl}",
-        "belong to a hub source",
     ),
     "no source": ("datasets", "{python: python_docs}", "{}", "exactly one of"),
     "a hub source without a split": ("datasets", "{python: python_docs}", "{hub: a/b}", "split"),

@@ -22,6 +22,8 @@ def test_a_reply_is_taken_apart() -> None:
         (f"{CALL}<<result>>408\n<<result>>409\n", 1),
         ('<<calc>>{"expression": "12*34"<<result>>408\n', 1),
         (f"{CALL}<<result>>408 <<result>>\n", 0),
+        (f'{CALL}<<result>>{{"error": "no"}}\n', 0),
+        ('<<result>>{"value": 408}<<result>>408\n', 2),
         (CALL, 0),
     ],
 )

@@ -30,6 +30,12 @@ def test_fractions_are_written_as_the_calculator_does() -> None:
     assert told.answer == "1010"
 
 
+def test_an_annotation_that_computes_nothing_is_no_call() -> None:
+    told = conversation_of("How many?", "Let it be <<5=5>>5, so <<5+1=6>>6.\n#### 6")
+    assert told.facts["steps"] == 1 and told.segments[1][1].startswith("Let it be 5, so <<calc>>")
+    assert conversation_of("How many?", "It is <<5=5>>5.\n#### 5") is None
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -10,7 +10,7 @@ CALL = '<<calc>>{"expression": "48/2"}'
 
 def conversation(own: str, closing: str = "FINAL: 24", result: str = "24") -> Conversation:
     segments = (
-        ("prompt", "Half of 48, of 1,200 and of 3.50?"),
+        ("prompt", "A part of 48, of 1,200 and of 3.50?"),
         ("own", own + CALL),
         ("result", f"<<result>>{result}\n"),
         ("own", closing),
@@ -46,6 +46,17 @@ def test_what_a_result_or_an_earlier_call_says_is_copied() -> None:
     assert recited("Go. ", "So 24 of 48 by 2.\nFINAL: 24.0") == []
     assert recited("Go. ", "FINAL: 25") == ["25"]
     assert recited("Go. ", "FINAL: 30", result='"10 20 30"') == []
+
+
+def test_a_number_in_words_is_in_sight_too() -> None:
+    segments = (
+        ("prompt", "Six tents, twice as many mats, 20% off?"),
+        ("own", f"6 tents, times 2, of 100, and 7. {CALL}"),
+        ("result", "<<result>>24\n"),
+        ("own", "FINAL: 24"),
+    )
+    masked = mask_recited(Conversation("one", "arithmetic", segments, "24"))
+    assert [text for kind, text in masked.segments if kind == "recited"] == ["7"]
 
 
 def test_the_number_of_a_call_is_always_learnt() -> None:

@@ -59,7 +59,7 @@ def test_strings_and_messages_are_worth_the_same() -> None:
 
 
 def test_no_text_at_all_is_worth_nothing() -> None:
-    for empty in ("", "   \n", [], [{"role": "assistant", "content": None}]):
+    for empty in ("", "   \n", [], [{"role": "assistant", "content": None}, {"role": "assistant"}]):
         assert correctness([empty], answer=["408"]) == format_of([empty]) == [0.0]
 
 
@@ -99,6 +99,7 @@ def test_hacking_attempts_are_not_right(text: str) -> None:
     [
         "<<result>>408\nFINAL: 408",
         "Multiply. <<result>>408\nFINAL: 408",
+        '<<result>>{"value": 408}<<result>>408\nFINAL: 408',
         f"{CALL}<<result>>408\n<<result>>408\nFINAL: 408",
         f"{CALL}\n<<result>>408\nFINAL: 408",
         f"{CALL}\nFINAL: 408",
@@ -246,4 +247,6 @@ def test_weights_that_reward_the_wrong_thing_are_refused(
 def test_a_judge_with_a_weight_has_to_be_there() -> None:
     with pytest.raises(ValueError, match="there is none"):
         make_rewards(WEIGHTS, count, 80)
-    assert tuple(make_rewards(WEIGHTS, count, 80, lambda prompts, replies: [])) == NAMES
+    rewards = make_rewards(WEIGHTS, count, 80, lambda prompts, replies: [])
+    assert tuple(rewards) == NAMES
+    assert len({reward.__name__ for reward in rewards.values()}) == len(NAMES), "TRL logs by name"
