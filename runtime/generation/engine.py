@@ -76,7 +76,7 @@ class Engine:
         if self._packed is not None:
             self._packed.refresh()
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: what a model keeps for itself must stay trainable
     def answer(
         self, prompts: Sequence[list[int]], candidates: int, sampling: Sampling
     ) -> list[list[Answer]]:
@@ -175,7 +175,7 @@ class Engine:
     def _new_call(self, row: Row) -> Call | BadCall | None:
         """The call that is complete since the last result, if any; a forged result is noted."""
         text = self.tokenizer.decode(row.tokens[row.watched :])
-        call = find_call(text) if "<<" in text else None
+        call = find_call(text)
         if call is not None and call.text == RESULT:
             row.forged, row.watched = True, len(row.tokens)
             return None

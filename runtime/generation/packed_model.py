@@ -75,7 +75,7 @@ class PackedModel:
         self._rotary = _rotary_of(model)
         self._packing = packing_for(model.dtype, half_weights)
         self._refuse_windows()
-        with torch.inference_mode():
+        with torch.no_grad():
             self._pack("plain")
             self._try()
             self.refresh()
@@ -90,9 +90,9 @@ class PackedModel:
         """The type of hidden states, keys and values."""
         return self._model.dtype
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def refresh(self) -> None:
-        """Pack the weights as they are now."""
+        """Pack the matrices as they are now; the embedding and the norms are the model's own."""
         self._pack(self._packing)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:

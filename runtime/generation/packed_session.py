@@ -27,7 +27,6 @@ class PackedSession(Session):
 
     most_at_once = INSERTED_AT_ONCE
 
-    @torch.inference_mode()
     def __init__(self, model: PackedModel, prompts: list[list[int]], candidates: int) -> None:
         """Read the prompts (token ids, none empty)."""
         groups, rows, longest = len(prompts), len(prompts) * candidates, max(map(len, prompts))
@@ -115,7 +114,8 @@ class PackedSession(Session):
         alive = sorted(set(groups))
         if len(alive) < len(self._prompt_lengths):
             self._prompt_lengths = self._prompt_lengths[alive]
-            self._prompts = [kept[:, alive] for kept in self._prompts]
+            longest = int(self._prompt_lengths.max()) if alive else 0
+            self._prompts = [kept[:, alive, :, :longest] for kept in self._prompts]
         self._groups = Groups.of([alive.index(group) for group in groups])
         return order
 

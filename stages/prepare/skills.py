@@ -46,7 +46,7 @@ def arithmetic_tools(wanted: Wanted, rows: Rows) -> Made:
 
 
 def arithmetic_plain(wanted: Wanted, rows: Rows) -> Made:
-    """Word problems worked out in the head: replies in which the model may find where a call helps."""
+    """Word problems worked out in the head, in which the model may find where a call helps."""
     del rows
     made = zip(
         range(2 * (wanted.train + wanted.heldout)), plain_problems(wanted.seed), strict=False
