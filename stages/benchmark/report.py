@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.benchmark.scoring import TEACHER, Estimate
+from stages.benchmark.skills import Skill, skill_verdicts
 
 STUDENT = "student"
 LABELS = {
@@ -30,7 +31,7 @@ class Findings:
 
     facts: student.json.  table: model -> text -> measure -> Estimate.  speed: model -> numbers.
     drift: model -> teacher block -> its drift (stages/drift.py); empty where the student has none
-    of the teacher's blocks.
+    of the teacher's blocks.  skills: problems solved with tools, by the stage that taught it.
     """
 
     facts: dict[str, Any]
@@ -38,6 +39,7 @@ class Findings:
     speed: dict[str, dict[str, float]]
     profile_picture: Path
     drift: dict[str, dict[int, float]] = field(default_factory=dict)
+    skills: dict[str, Skill] = field(default_factory=dict)
 
     @property
     def texts(self) -> list[str]:
@@ -84,6 +86,7 @@ def verdicts(findings: Findings) -> list[str]:
         for control in findings.controls:
             other = findings.table[control][text]["kl"]
             sentences.append(_compare(student["kl"], other, LABELS.get(control, control)))
+    sentences += skill_verdicts(findings.skills)
     sentences += _rollbacks(findings.facts["rollbacks"])
     return sentences
 
@@ -123,11 +126,28 @@ def markdown(findings: Findings) -> str:
                 for m in ("perplexity", "perplexity_ratio", "kl", "agreement")
             ]
             lines.append(f"| {LABELS.get(name, name)} | {' | '.join(cells)} |")
+    lines += _skill_table(findings.skills)
     lines += ["", "## Size and speed", "", "| | teacher | student |", "|---|---|---|"]
     for key in findings.speed[TEACHER]:
         values = [findings.speed[name].get(key, float("nan")) for name in (TEACHER, STUDENT)]
         lines.append(f"| {key} | {values[0]:,.2f} | {values[1]:,.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def _skill_table(skills: dict[str, Skill]) -> list[str]:
+    """Lines of a table of skills; none where there are none."""
+    if not skills:
+        return []
+    groups = sorted({group for skill in skills.values() for group in skill.groups})
+    heads = ["after", "right", *groups, "own tokens", "p"]
+    lines = ["", "## Word problems with tools", "", f"| {' | '.join(heads)} |"]
+    lines.append("|---" * len(heads) + "|")
+    for name, skill in skills.items():
+        p = "" if skill.p_value is None else f"{skill.p_value:.2g}"
+        shares = [f"{skill.groups[group].value:.0%}" for group in groups]
+        cells = [name, str(skill.right), *shares, f"{skill.own_tokens:.1f}", p]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def draw_drift(drift: dict[str, dict[int, float]]) -> bytes:

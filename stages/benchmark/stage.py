@@ -4,13 +4,16 @@ Steps:
   1. score teacher, student and controls on held-out text and on text of other kinds: perplexity,
      KL over the full vocabulary, top-1 agreement, each with a bootstrap interval over rows
   2. drift: how far the states of each are from the teacher's, block by block
-  3. size, speed and memory of teacher and student
-  4. write a report for people
+  3. problems with tools, after each stage that taught the student a skill (skills.py)
+  4. size, speed and memory of teacher and student
+  5. write a report for people
 
-reads    prepare   held-out and benchmark rows
+reads    prepare   held-out and benchmark rows; problems that nothing was decided by
          profile   the picture
          distill   the student and its controls
+         sft, toolformer, grpo   adapters of the student
 writes   report.html, test_report.md, scores.json
+         skills.json   every answer to every problem
 """
 
 import json
@@ -21,6 +24,7 @@ from stages.contract import Job, Metrics, Stage
 from stages.params import require_at_least
 
 STUDENT = "student"
+AT_ONCE = 32  # problems
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,17 @@ class Params:
     resamples: int
     speed_rounds: int
     drift_rows: int
+    capability: str
+    conversations: tuple[str, ...]
+    problems: int
+    max_own_tokens: int
+    max_calls: int
     seed: int
 
     def __post_init__(self) -> None:
         require_at_least(1, batch_rows=self.batch_rows, speed_rounds=self.speed_rounds)
-        require_at_least(1, drift_rows=self.drift_rows)
+        require_at_least(1, drift_rows=self.drift_rows, problems=self.problems)
+        require_at_least(1, max_own_tokens=self.max_own_tokens, max_calls=self.max_calls)
         require_at_least(100, resamples=self.resamples)
         require_at_least(0, seed=self.seed)
 
@@ -45,6 +55,7 @@ def run(params: Params, job: Job) -> Metrics:
     from modeling.loading import locate, open_model
     from stages.benchmark.report import Findings, write_reports
     from stages.benchmark.scoring import TEACHER, compare
+    from stages.benchmark.skills import assess, flatten_skills
     from stages.benchmark.speed import peak_memory_gib, time_models
 
     distilled = job.input("distill")
@@ -63,6 +74,7 @@ def run(params: Params, job: Job) -> Metrics:
     profile = job.inputs("profile")[facts["teacher"]]
     sample = next(iter(texts.values()))[: params.drift_rows]
     drift = measure_drift(models, facts["dropped"], profile, sample, params)
+    skills = assess(solve_all(folders[STUDENT], params, job))
     pair = {name: models[name] for name in (TEACHER, STUDENT)}
     speed = time_models(pair, next(iter(texts.values()))[: params.batch_rows], params.speed_rounds)
     for name, place in ((TEACHER, Path(location.path)), (STUDENT, folders[STUDENT])):
@@ -70,7 +82,7 @@ def run(params: Params, job: Job) -> Metrics:
         if place.is_dir():
             speed[name]["weights_mib"] = weights_bytes(place) / 2**20
             speed[name]["peak_memory_gib"] = peak_memory_gib(place)
-    findings = Findings(facts, table, speed, profile / "profile.png", drift)
+    findings = Findings(facts, table, speed, profile / "profile.png", drift, skills)
     write_reports(findings, job.output)
     job.show("report.html")
     job.show("test_report.md")
@@ -80,7 +92,7 @@ def run(params: Params, job: Job) -> Metrics:
     }
     (job.output / "scores.json").write_text(json.dumps(scored, indent=1), encoding="utf-8")
     means = {f"{name}.drift": sum(of.values()) / len(of) for name, of in drift.items()}
-    return {**flatten(table), **means}
+    return {**flatten(table), **means, **flatten_skills(skills)}
 
 
 def read_texts(prepared: Path) -> dict:
@@ -109,6 +121,43 @@ def score_all(models: dict, texts: dict, params: Params, job: Job):
         scores.batches += 1
         kl = scores.rows[f"{STUDENT}/{text}/kl"].mean().item()
         job.step_done(scores, scores.batches, len(work), student_kl=kl)
+    return scores
+
+
+def solve_all(folder: Path, params: Params, job: Job):
+    """Let the student solve problems with each stage's adapter; goes on from a checkpoint."""
+    from modeling.loading import open_model, open_tokenizer
+    from modeling.lora import open_merged
+    from runtime.generation.answers import Sampling
+    from runtime.generation.engine import Engine
+    from runtime.tools.dispatch import Tools
+    from stages.benchmark.skills import STEPS, SkillScores
+    from stages.problems import benchmark_problems
+    from stages.solving import solve
+
+    adapters = {
+        "sft": job.input("sft") / params.capability,
+        "toolformer": job.input("toolformer") / params.capability,
+        "grpo": job.input("grpo") / params.capability,
+    }
+    problems = benchmark_problems(job.input("prepare"), params.conversations)[: params.problems]
+    student, tokenizer = open_model(folder), open_tokenizer(folder)
+    sampling = Sampling(0.0, 1.0, params.max_own_tokens, params.max_calls, 0)
+    scores = job.resume(SkillScores(), "skills")
+    total = len(problems) * len(STEPS)
+    with Tools(log=job.folder / "calls.jsonl") as tools:
+        job.say(f"tools: {tools.level}")
+        for name in STEPS:
+            solved = scores.solved[name]
+            if len(solved) == len(problems):
+                continue
+            model = open_merged(student, adapters[name]) if name in adapters else student
+            engine = Engine(model, tokenizer, tools)
+            for part in solve(engine, tokenizer, problems[len(solved) :], sampling, AT_ONCE):
+                solved += part
+                right = sum(one.right for one in solved) / len(solved)
+                job.step_done(scores, scores.done, total, "skills", **{f"{name}_right": right})
+    scores.save(job.output)
     return scores
 
 

@@ -75,7 +75,8 @@ def teach(capability: Capability, params: Params, job: Job) -> dict:
 
 
 def read_lesson(capability: Capability, params: Params, job: Job, tokenizer):
-    """What is taught, and the conversations of unseen templates that are only measured on."""
+    """What is taught, and as many conversations of unseen templates as validation has, which are
+    only measured on."""
     import torch
 
     from stages.finetuning import Lesson
@@ -107,7 +108,7 @@ def read_lesson(capability: Capability, params: Params, job: Job, tokenizer):
         )
     general = torch.from_numpy(read_all_rows(prepared, "train", params.seed))
     lesson = Lesson(params, fits[kept_out:], fits[:kept_out], general, tokenizer.eos_token_id)
-    return lesson, unseen
+    return lesson, unseen[:kept_out]
 
 
 def flatten(found: dict) -> Metrics:
