@@ -152,7 +152,9 @@ def save_adapter(adapted: Adapted, folder: Path, start: Path) -> None:
     PiSSA took its start out of the model's weights; it is written as the plain adapter of twice the
     rank that makes up the difference (PEFT's conversion).
     """
-    adapted.active_peft_config.base_model_name_or_path = None  # it may be moved
+    config = adapted.active_peft_config
+    config.base_model_name_or_path = None  # it may be moved
+    config.target_modules = sorted(config.target_modules)  # a set's order changes with the process
     has_start = (start / "adapter_config.json").is_file()
     adapted.save_pretrained(
         folder,

@@ -29,21 +29,22 @@ class Forgetting:
     low: float
     high: float
 
-    def metrics(self, name: str) -> dict[str, float]:
-        """Flat names for a stage's metrics."""
-        return {f"{name}.perplexity_ratio{end}": value for end, value in self._parts.items()}
-
-    @property
-    def _parts(self) -> dict[str, float]:
-        return {"": round(self.ratio, 6), "_low": round(self.low, 6), "_high": round(self.high, 6)}
-
     def __str__(self) -> str:
         return f"x{self.ratio:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
 def general_rows(prepared: Path, source: str, count: int) -> Tensor:
-    """Held-out rows of a source of text, (N, T) int64."""
-    return torch.from_numpy(read_rows(prepared, "heldout")[source][:count])
+    """Held-out rows of a source of text, (N, T) int64.
+
+    Raises ValueError, naming what there is, for a source that prepare was not given.
+    """
+    sources = read_rows(prepared, "heldout")
+    if source not in sources:
+        raise ValueError(
+            f"'general_text' is '{source}', of which there are no held-out rows, but of "
+            f"{', '.join(sources)}; name one of these, or add it to prepare.datasets"
+        )
+    return torch.from_numpy(sources[source][:count])
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def compare(before: Tensor, after: Tensor, resamples: int = 1000, seed: int = 0)
 
 def require_kept(forgetting: Forgetting, limit: float, name: str) -> None:
     """Refuse a model whose perplexity of general text has risen by more than `limit`."""
-    if forgetting.ratio > 1 + limit:
+    if not forgetting.ratio <= 1 + limit:  # NaN is not
         raise Forgot(
             f"{name}: perplexity of general text is {forgetting} times what it was, and at most "
             f"{1 + limit:g} is allowed; lower learning_rate or steps, raise general_rows, or allow "

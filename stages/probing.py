@@ -63,6 +63,6 @@ def why_not(
     """
     if after.share.value < before.share.interval[0]:
         return f"of the probes {after.share} are right, {before.share} were"
-    if forgetting.ratio > 1 + allowed:
+    if not forgetting.ratio <= 1 + allowed:  # NaN is not
         return f"perplexity of {text} is {forgetting} times the student's"
     return None

@@ -54,6 +54,21 @@ def open_student(distilled: Path, profiles: Mapping[str, Path], prepared: Path) 
     )  # fmt: skip
 
 
+def find_adapter(finished: Path, capability: str) -> Path:
+    """The folder of a capability's adapter in the output of the stage before.
+
+    Raises ValueError, naming what there is, for a capability that it did not teach.
+    """
+    there = sorted(path.parent.name for path in finished.glob("*/adapter_config.json"))
+    if capability not in there:
+        raise ValueError(
+            f"stage '{finished.name}' taught no capability '{capability}', but "
+            f"{', '.join(there) or 'none'}; set 'capability' to one of these, or add it to "
+            "sft.capabilities"
+        )
+    return finished / capability
+
+
 def _dropped(facts: dict, model: PreTrainedModel, profile: Path) -> list[int] | None:
     """The blocks that a student of the teacher's width was cut without, else None."""
     blocks, width = read_subspaces(profile).mean.shape

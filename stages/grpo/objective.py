@@ -24,8 +24,12 @@ TINY = 1e-4  # TRL's; a group of equal rewards has no advantage rather than a di
 
 
 def advantages(rewards: Tensor, loss: str) -> Tensor:
-    """Advantages of rewards (groups, candidates): the same shape; each group sums to 0."""
-    centred = rewards - rewards.mean(-1, keepdim=True)
+    """Advantages of rewards (groups, candidates): the same shape; each group sums to 0.
+
+    In a group of equal rewards they are exactly 0, which a rounded mean would not make them.
+    """
+    differ = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
+    centred = torch.where(differ, rewards - rewards.mean(-1, keepdim=True), 0.0)
     if loss == "dr_grpo":
         return centred
     return centred / (rewards.std(-1, keepdim=True) + TINY)

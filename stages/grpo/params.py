@@ -1,7 +1,17 @@
 """What can be set of grpo."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from registry.catalog import lookup
+from stages.agreement import (
+    require_capability,
+    require_general_text,
+    require_prepared,
+    require_probes,
+)
+from stages.grpo.rewards import require_weights
 from stages.params import require_at_least, require_one_of, require_within
 
 LOSSES = ("grpo", "dr_grpo", "dapo")  # of objective.py, which imports torch
@@ -19,7 +29,7 @@ class RewardWeights:
     judge: float
 
     def __post_init__(self) -> None:
-        require_at_least(0, **vars(self))
+        require_weights(vars(self))
 
 
 @dataclass(frozen=True)
@@ -69,3 +79,25 @@ class Params:
         require_one_of(LOSSES, loss=self.loss)
         if not self.conversations:
             raise ValueError("'conversations' is empty; name data sets whose answers are known")
+        if self.judge:
+            lookup("teachers", self.judge)
+        elif self.rewards.judge:
+            raise ValueError(
+                f"'judge' is empty, but rewards.judge weighs {self.rewards.judge:g}; name a "
+                "teacher, or set the weight to 0"
+            )
+
+
+def check_among(sections: Mapping[str, Any]) -> None:
+    """Refuse what other stages' parameters contradict, before anything runs."""
+    own = sections["grpo"]
+    require_prepared("grpo", own.conversations, sections)
+    require_capability("grpo", sections)
+    require_probes("grpo", sections)
+    require_general_text("grpo", sections)
+    before = sections.get("toolformer")
+    if before and own.capability != before.capability:
+        raise ValueError(
+            f"grpo.capability is '{own.capability}' and toolformer.capability "
+            f"'{before.capability}'; grpo goes on from toolformer's adapter: name the same"
+        )

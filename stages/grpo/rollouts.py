@@ -61,10 +61,13 @@ class Coach:
     def _reward(
         self, answers: list[Answer], problems: Sequence[Conversation]
     ) -> tuple[list[float], dict[str, list[float]]]:
-        """Answers that did not end by themselves have no FINAL line that counts, whatever they say;
-        a result that the model forged makes the text one that no rule rewards."""
+        """Answers that did not end by themselves, and those with a result that the model forged,
+        count as empty, whatever they say (as in stages/solving.py): nothing rewards them."""
         every = [problem for problem in problems for _ in range(self.candidates)]
-        texts = [answer.text if answer.finished == "eos" else "" for answer in answers]
+        texts = [
+            answer.text if answer.finished == "eos" and not answer.forged else ""
+            for answer in answers
+        ]
         return weighted_sum(
             self.rewards, self.weights, texts,
             answer=[problem.answer for problem in every],

@@ -21,29 +21,28 @@ import json
 from dataclasses import asdict
 
 from stages.contract import Job, Metrics, Stage
-from stages.grpo.params import Params
+from stages.grpo.params import Params, check_among
 
 BATCH_ROWS = 4  # of general text, where it is only measured
 
 
 def run(params: Params, job: Job) -> Metrics:
     """Reinforce, measure, decide; see the module's steps."""
-    from runtime.tools.dispatch import Tools
-
     from modeling.lora import keep_reference, merged, open_adapted, save_adapter
     from runtime.generation.engine import Engine
+    from runtime.tools.dispatch import Tools
     from stages.forgetting import compare, row_losses
     from stages.grpo.policy import Policy
     from stages.grpo.reinforcement import Reinforcement
     from stages.probing import why_not
     from stages.problems import open_problems
-    from stages.student import open_student
+    from stages.student import find_adapter, open_student
 
     student = open_student(job.input("distill"), job.inputs("profile"), job.input("prepare"))
     problems = open_problems(job.input("prepare"), params.conversations, params.probe_problems)
     general = student.heldout(params.general_text, params.heldout_rows)
     before = row_losses(student.model, general, BATCH_ROWS)
-    start = job.input("toolformer") / params.capability
+    start = find_adapter(job.input("toolformer"), params.capability)
     adapted = open_adapted(student.model, start, trains=True)
     keep_reference(adapted, start)
     policy = Policy(adapted, student.tokenizer.eos_token_id, params.most_tokens, params.temperature)
@@ -93,7 +92,7 @@ def make_coach(params: Params, student):
 
     weights = {name: weight for name, weight in vars(params.rewards).items() if weight}
     judge = None
-    if params.judge:
+    if params.rewards.judge:
         place = locate(params.judge)
         judge = FrozenJudge(open_model(place), open_tokenizer(place))
     count = token_counter(student.tokenizer)
@@ -130,4 +129,4 @@ def reinforce(state, coach, engine, problems, params: Params, job: Job) -> None:
         job.step_done(state, state.step, params.steps, **seen)
 
 
-STAGE = Stage("grpo", Params, run)
+STAGE = Stage("grpo", Params, run, check_among)

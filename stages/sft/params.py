@@ -1,7 +1,10 @@
 """What can be set of sft."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from stages.agreement import require_general_text, require_prepared
 from stages.course import Course
 from stages.params import require_at_least, require_one_of, require_within
 
@@ -43,3 +46,10 @@ class Params(Course):
         names = [capability.name for capability in self.capabilities]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"'capabilities' are {names}; name at least one, each once")
+
+
+def check_among(sections: Mapping[str, Any]) -> None:
+    """Refuse what other stages' parameters contradict, before anything runs."""
+    for capability in sections["sft"].capabilities:
+        require_prepared("sft", capability.conversations, sections)
+    require_general_text("sft", sections)

@@ -19,7 +19,7 @@ import json
 from dataclasses import asdict
 
 from stages.contract import Job, Metrics, Stage
-from stages.sft.params import Capability, Params
+from stages.sft.params import Capability, Params, check_among
 
 BATCH_ROWS = 4  # of general text, where it is only measured
 
@@ -126,4 +126,4 @@ def flatten(found: dict) -> Metrics:
 
 ENDS = {"": "ratio", "_low": "low", "_high": "high"}
 
-STAGE = Stage("sft", Params, run)
+STAGE = Stage("sft", Params, run, check_among)

@@ -1,7 +1,15 @@
 """What can be set of toolformer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from stages.agreement import (
+    require_capability,
+    require_general_text,
+    require_prepared,
+    require_probes,
+)
 from stages.course import Course
 from stages.params import require_at_least, require_within
 
@@ -36,3 +44,12 @@ class Params(Course):
         for name in ("conversations", "texts", "tools"):
             if not getattr(self, name):
                 raise ValueError(f"'{name}' is empty; name at least one")
+
+
+def check_among(sections: Mapping[str, Any]) -> None:
+    """Refuse what other stages' parameters contradict, before anything runs."""
+    own = sections["toolformer"]
+    require_prepared("toolformer", (*own.conversations, *own.texts), sections)
+    require_capability("toolformer", sections)
+    require_probes("toolformer", sections)
+    require_general_text("toolformer", sections)

@@ -5,7 +5,7 @@ likely it would begin a call there; at the likeliest places it writes some, and 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,7 +39,11 @@ class Text:
         encoded = tokenizer(
             conversation.reply, add_special_tokens=False, return_offsets_mapping=True
         )
-        starts = tuple(start for start, _ in encoded["offset_mapping"])
+        ends = 0, *(end for _, end in encoded["offset_mapping"])
+        starts = tuple(  # some tokenizers leave the space before a word out of its offsets
+            min(start, before)
+            for (start, _), before in zip(encoded["offset_mapping"], ends, strict=False)
+        )
         prompt = prompt_tokens(conversation.prompt, tokenizer)
         return cls(conversation, tuple(prompt), tuple(encoded["input_ids"]), starts)
 
@@ -130,7 +134,8 @@ def propose(
 ) -> tuple[list[Proposal], int]:
     """Let the model write calls at places and run them; and how many were written at all.
 
-    Different calls alone count, and those whose tool gave a result.
+    Different calls alone count, and those whose tool gave a result. sampling: without calls
+    (max_calls 0), for these are run here.
     """
     prompts = []
     for place in places:
@@ -139,9 +144,7 @@ def propose(
         prompts.append([*text.prompt, *text.reply[: place.token], *begun])
     written = 0
     wanted: list[tuple[Place, Call]] = []
-    for place, answers in zip(
-        places, engine.answer(prompts, tries, replace(sampling, max_calls=0)), strict=True
-    ):
+    for place, answers in zip(places, engine.answer(prompts, tries, sampling), strict=True):
         calls = {}
         for answer in answers:
             call = find_call(opening(place.tool) + answer.text)

@@ -1,5 +1,6 @@
 """What was found of calls: counts for the metrics, and samples that a person can check."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,8 @@ class Found:
         }
 
     def _is_to_the_point(self, one: Judged) -> bool:
-        return self._after(one).lstrip().startswith(str(one.proposal.result.value))
+        value = re.escape(str(one.proposal.result.value))
+        return re.match(rf"\s*{value}(?![\w]|[.,]\d)", self._after(one)) is not None
 
     def _before(self, one: Judged) -> str:
         text = self.texts[one.proposal.place.text]
@@ -62,7 +64,7 @@ class Found:
 
 
 def write_samples(found: Found, path: Path) -> None:
-    """Write the calls of middling usefulness among the kept, and the best of the refused."""
+    """Write some of the kept calls, from the least useful to the most, and the best refused."""
     kept = sorted(found.kept, key=lambda one: one.usefulness)
     chosen = {id(one) for one in found.kept}
     refused = [one for one in found.judged if id(one) not in chosen]

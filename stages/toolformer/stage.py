@@ -5,8 +5,8 @@ Steps:
   2. texts without calls: where would the model begin one, and which (proposals.py)? Run them
   3. keep a call only where its result makes what follows likelier, by at least a threshold
      (usefulness.py)
-  4. train on the texts with the kept calls in their places, what tools gave masked, beside as many
-     of sft's conversations
+  4. train on the texts with the kept calls in their places, beside as many of sft's conversations;
+     masked are what tools gave and numbers that could only be recited (stages/number_masking.py)
   5. keep what was learnt, or revert to the adapter of step 1 and say so: when fewer probes are
      right than the interval of before allows for, or general text was forgotten
 
@@ -25,7 +25,7 @@ import json
 from dataclasses import asdict
 
 from stages.contract import Job, Metrics, Stage
-from stages.toolformer.params import Params
+from stages.toolformer.params import Params, check_among
 
 BATCH_ROWS = 4  # of general text, where it is only measured
 MOST_OWN, MOST_CALLS = 128, 8  # of an answer to a probe
@@ -34,19 +34,18 @@ CALL_TOKENS = 48  # of a call that is proposed
 
 def run(params: Params, job: Job) -> Metrics:
     """Propose, filter, train, decide; see the module's steps."""
-    from runtime.tools.dispatch import Tools
-
     from modeling.lora import merged, open_adapted, save_adapter
     from runtime.generation.engine import Engine
+    from runtime.tools.dispatch import Tools
     from stages.finetuning import finetune
     from stages.forgetting import compare, row_losses
     from stages.probing import ask, why_not
     from stages.problems import open_problems
-    from stages.student import open_student
+    from stages.student import find_adapter, open_student
     from stages.toolformer.report import write_samples
 
     student = open_student(job.input("distill"), job.inputs("profile"), job.input("prepare"))
-    start = job.input("sft") / params.capability
+    start = find_adapter(job.input("sft"), params.capability)
     adapted = open_adapted(student.model, start, trains=True)
     problems = open_problems(job.input("prepare"), params.conversations, params.probe_problems)
     general = student.heldout(params.general_text, params.heldout_rows)
@@ -90,9 +89,8 @@ def run(params: Params, job: Job) -> Metrics:
 
 def find_calls(model, engine, tokenizer, params: Params, job: Job):
     """Steps 2 and 3."""
-    from runtime.tools.calls import write_result
-
     from runtime.generation.answers import Sampling
+    from runtime.tools.calls import write_result
     from stages.formats.conversations import read_conversations
     from stages.toolformer.proposals import Text, find_places, propose
     from stages.toolformer.report import Found
@@ -141,11 +139,20 @@ def make_lesson(told: list, params: Params, job: Job, tokenizer):
         c for name in params.conversations for c in read_conversations(prepared, name, "train")
     ]
     kept_out = params.validation_conversations
-    examples = [encode(c, tokenizer) for c in (*told, *known[kept_out : kept_out + len(told)])]
-    fits = [example for example in examples if len(example) <= params.most_tokens]
+    found, taught = (
+        [one for one in (encode(c, tokenizer) for c in part) if len(one) <= params.most_tokens]
+        for part in (told, known[kept_out : kept_out + len(told)])
+    )
+    if len(found) < len(told):
+        job.say(f"{len(told) - len(found)} texts with calls are longer than most_tokens: left out")
+    if not found:
+        raise ValueError(
+            f"none of {len(told)} texts with calls fits into {params.most_tokens} tokens; raise "
+            "'most_tokens'"
+        )
     validation = [encode(c, tokenizer) for c in known[:kept_out]]
     general = torch.from_numpy(read_all_rows(prepared, "train", params.seed))
-    return Lesson(params, fits, validation, general, tokenizer.eos_token_id)
+    return Lesson(params, found + taught, validation, general, tokenizer.eos_token_id)
 
 
-STAGE = Stage("toolformer", Params, run)
+STAGE = Stage("toolformer", Params, run, check_among)

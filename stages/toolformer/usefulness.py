@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.prompt import inserted_tokens
 from stages.formats.conversations import Conversation
+from stages.number_masking import mask_recited
 from stages.supervision import Example
 from stages.toolformer.proposals import Proposal, Text, log_probs_of
 
@@ -88,7 +89,11 @@ def keep_best(judged: Sequence[Judged], threshold: float) -> list[Judged]:
 def with_calls(
     texts: Sequence[Text], kept: Sequence[Judged], write_result: Callable
 ) -> list[Conversation]:
-    """The texts that calls were kept for, with the calls and results in their places."""
+    """The texts that calls were kept for, with the calls and results in their places.
+
+    Numbers that nothing in sight gives away are left out of the loss, or the text would still teach
+    to work them out in the head.
+    """
     by_text: dict[int, list[Judged]] = {}
     for one in kept:
         by_text.setdefault(one.proposal.place.text, []).append(one)
@@ -104,13 +109,7 @@ def with_calls(
             at = start
         segments.append(("own", reply[at:]))
         source = text.conversation
-        told.append(
-            Conversation(
-                f"toolformer/{source.id}",
-                source.capability,
-                tuple(segments),
-                source.answer,
-                source.facts,
-            )  # fmt: skip
-        )
+        id = f"toolformer/{source.id}"
+        made = Conversation(id, source.capability, tuple(segments), source.answer, source.facts)
+        told.append(mask_recited(made))
     return told
