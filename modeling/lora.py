@@ -15,6 +15,7 @@ direction and magnitude apart), pissa (Meng 2024: starts at the principal singul
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,9 +153,6 @@ def save_adapter(adapted: Adapted, folder: Path, start: Path) -> None:
     PiSSA took its start out of the model's weights; it is written as the plain adapter of twice the
     rank that makes up the difference (PEFT's conversion).
     """
-    config = adapted.active_peft_config
-    config.base_model_name_or_path = None  # it may be moved
-    config.target_modules = sorted(config.target_modules)  # a set's order changes with the process
     has_start = (start / "adapter_config.json").is_file()
     adapted.save_pretrained(
         folder,
@@ -162,6 +160,11 @@ def save_adapter(adapted: Adapted, folder: Path, start: Path) -> None:
         path_initial_model_for_weight_conversion=str(start) if has_start else None,
     )
     (folder / "README.md").unlink()  # PEFT's empty model card
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = None  # the folder it lay in, which may move
+    config["target_modules"].sort()  # of a set, whose order is another in each process
+    written = json.dumps(config, indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_text(written, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -86,12 +86,13 @@ def test_it_writes_an_adapter_a_capability_and_their_figures(dag: TinyDag) -> No
     assert facts["tools"]["conversations"] == 3  # of four, validation keeps one
 
 
-def test_another_process_writes_the_targets_in_the_same_order(dag: TinyDag) -> None:
-    """PEFT keeps them in a set, whose order is another in each process."""
+def test_an_adapter_says_nothing_of_the_process_and_the_folder_it_was_made_in(dag: TinyDag) -> None:
+    """PEFT keeps the targets in a set, whose order is another in each process."""
     dag.set("sft", steps=1)
     dag.run("sft")
     config = json.loads(dag.published("sft")["tools/adapter_config.json"])
     assert config["target_modules"] == sorted(linear_layers(reopened(dag).model))
+    assert config["base_model_name_or_path"] is None
 
 
 # --- going on --------------------------------------------------------------------------------
