@@ -27,7 +27,9 @@ class Share:
         n, p = self.count, self.value
         middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
         half = Z * sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
+        low = middle - half if self.hits else 0.0  # exactly: rounding would leave a rest
+        high = middle + half if self.hits < self.count else 1.0
+        return low, high
 
     def __str__(self) -> str:
         low, high = self.interval

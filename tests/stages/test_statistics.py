@@ -12,6 +12,9 @@ def test_intervals_are_wilsons() -> None:
         pytest.approx(0.6771, abs=1e-4),
     )
     assert Share(0, 0).interval == (0.0, 1.0)
+    for count in range(1, 200):  # without a rest: 0 is never below it, nor 1 above
+        assert Share(0, count).interval[0] == 0.0
+        assert Share(count, count).interval[1] == 1.0
     assert str(Share(32, 32)) == "100.0% [89.3%, 100.0%]"
 
 
