@@ -1,12 +1,13 @@
 """Solving and probing: what counts as right, and what must not be kept."""
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from modeling.lora import AdapterShape, adapt
+from modeling.lora import AdapterShape, adapt, merged
 from runtime.generation.answers import Answer, Sampling
 from runtime.generation.engine import Engine
 from stages.forgetting import Forgetting, Forgot, require_kept
@@ -14,7 +15,7 @@ from stages.probing import Probe, ask, why_not
 from stages.solving import Solved, solve, summarise
 from stages.statistics import Share
 from tests.runtime.conversing import Calculator, letters
-from tests.stages.skill_dag import HELD_OUT, KNOWN, problem, student
+from tests.stages.skill_dag import HELD_OUT, KNOWN, student
 from tests.stages.test_grpo_rollouts import answer
 
 GREEDY = Sampling(0.0, 1.0, 48, 2, 0)
@@ -47,12 +48,11 @@ def test_an_answer_is_right_when_it_ends_by_itself_with_the_right_final(
 
 def test_problems_are_solved_in_parts_with_calls_and_only_own_tokens_counted() -> None:
     engine = Engine(student(), letters(), Calculator())
-    unknown = problem(93, 71, 0)
-    parts = list(solve(engine, letters(), [*KNOWN, unknown], GREEDY, 2))
-    assert [len(part) for part in parts] == [2, 2, 1]
+    parts = list(solve(engine, letters(), KNOWN, GREEDY, 3))
+    assert [len(part) for part in parts] == [3, 1]
     solved = [one for part in parts for one in part]
-    assert [one.id for one in solved] == [told.id for told in (*KNOWN, unknown)]
-    assert all(one.right and one.calls == 1 for one in solved[:4])
+    assert [one.id for one in solved] == [told.id for told in KNOWN]
+    assert all(one.right and one.calls == 1 for one in solved)
     assert solved[0].own_tokens == len('<<py>>{"code": "6*7"}FINAL: 42') + 1  # the end
     assert "<<result>>42\n" in solved[0].text
 
@@ -71,16 +71,15 @@ def test_shares_are_summarised_by_operation() -> None:
 
 
 def test_probes_are_asked_with_the_adapter_as_it_is_now(tmp_path: Path) -> None:
-    import copy
-
     adapted = adapt(copy.deepcopy(student()), AdapterShape(2, 4.0, "lora"), 0, tmp_path)
-    engine = Engine(adapted, letters(), Calculator())
+    with merged(adapted) as model:
+        engine = Engine(model, letters(), Calculator())
     before = ask(engine, adapted, HELD_OUT, 0, 48, 2)
     assert before.right == [True] * 4 and before.share == Share(4, 4)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(0.5)
-    after = ask(engine, adapted, HELD_OUT, 7, 48, 2)
+    after = ask(engine, adapted, HELD_OUT, 7, 48, 0)
     assert after.step == 7 and after.right == [False] * 4
 
 
