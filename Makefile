@@ -11,7 +11,7 @@ test: ## every test, the whole DAG among them
 	./run_tests.sh
 
 fast: ## all but the slow tests
-	$(PYTHON) -m pytest -m "not slow and not gpu"
+	./run_tests.sh -m "not slow and not gpu"
 
 ui: ## MLflow on http://127.0.0.1:5000; select two parent runs and compare
 	MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true .venv/bin/mlflow ui --workers 1 --host 127.0.0.1 \

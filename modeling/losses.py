@@ -67,7 +67,12 @@ class SampledTargets(_ByPosition):
     log_prob: Tensor  # (N,) float32, the mean of the draws' log-probabilities
 
 
-Targets = SparseTargets | SampledTargets
+@dataclass(frozen=True)
+class NoTargets(_ByPosition):
+    """Nothing is known of a teacher: the text alone teaches."""
+
+
+Targets = SparseTargets | SampledTargets | NoTargets
 
 
 def head_loss(
@@ -96,6 +101,11 @@ def head_loss(
     return _HeadLoss.apply(hidden, head, labels, targets, kd_weight, ce_weight, temperature)
 
 
+def text_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over N tokens in nats, without the (N, V) logits: `head_loss` of text."""
+    return head_loss(hidden, head, labels, NoTargets(), 0.0, 1.0, 1.0)[0]
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, labels, targets, kd_weight, ce_weight, temperature):
@@ -105,7 +115,7 @@ class _HeadLoss(torch.autograd.Function):
         head_gradient = torch.zeros_like(head, dtype=torch.float32) if learns else None
         sums = hidden.new_zeros(2, dtype=torch.float64)  # KL and CE; read once, at the end
         held = hidden.new_empty(min(count, CHUNK_TOKENS), head.shape[0])  # one chunk's logits
-        of_rows = _of_sampled_rows if isinstance(targets, SampledTargets) else _of_rows
+        of_rows = _OF_ROWS[type(targets)]
         step = ROWS if hidden.device.type == "cpu" else CHUNK_TOKENS
         for start in range(0, count, CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
@@ -182,6 +192,28 @@ def _of_sampled_rows(
     e.scatter_add_(-1, targets.ids, targets.shares.to(e.dtype) * -kd_weight)
     e.scatter_add_(-1, labels[:, None], torch.full_like(log_z, -ce_weight))
     return kl, (log_z - label).sum().double(), e
+
+
+def _of_text_rows(
+    logits: Tensor,  # (n, V) float32; overwritten
+    labels: Tensor,
+    _targets: NoTargets,
+    _kd_weight: float,
+    ce_weight: float,
+    _temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_of_rows`, of the text alone: KL is 0."""
+    label = logits.gather(-1, labels[:, None])  # (n, 1)
+    e, largest = _exponentials(logits)
+    total = e.sum(-1, keepdim=True)  # (n, 1)
+    log_z = total.log() + largest
+    e.mul_(ce_weight / total)
+    e.scatter_add_(-1, labels[:, None], torch.full_like(log_z, -ce_weight))
+    ce = (log_z - label).sum().double()
+    return torch.zeros_like(ce), ce, e
+
+
+_OF_ROWS = {SparseTargets: _of_rows, SampledTargets: _of_sampled_rows, NoTargets: _of_text_rows}
 
 
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:

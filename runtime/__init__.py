@@ -1,1 +1,1 @@
-"""Using the model: tools, retrieval and the engine that is shipped. Nothing here trains."""
+"""Using the model: the engine that is shipped. Never imports what makes the model."""

@@ -1,4 +1,4 @@
-"""What every test starts from: no network, one thread, the same random numbers."""
+"""What every test starts from: no network, one thread, the same random numbers; slow ones first."""
 
 import os
 import random
@@ -8,6 +8,12 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch and numpy when a test first imports them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process is left with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

@@ -151,7 +151,7 @@ def test_nights_promote_the_first_student_and_report_a_regression(
         assert (champion.version, champion.value) == ("1", pytest.approx(metrics[metric]))
         # A champion that no student can reach: the following night has to say so.
         client = MlflowClient(f"sqlite:///{project}/mlruns/mlflow.db")
-        client.set_model_version_tag(MODEL, champion.version, metric, "0.5")
+        client.set_model_version_tag(MODEL, champion.version, metric, "0.01")
         wait_for(lambda: "Regression" in log.read_text(), log)
-    assert "is worse than the champion's 0.5000" in log.read_text()
+    assert "is worse than the champion's 0.0100" in log.read_text()
     assert read_champion(project, metric).version == "1"

@@ -21,7 +21,7 @@ as rounding.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,22 +32,16 @@ from runtime.generation.drawing import draw
 from runtime.generation.packed_model import NotPackable, PackedModel
 from runtime.generation.packed_session import PackedSession
 from runtime.generation.sessions import Session
+from runtime.tools.calls import RESULT, BadCall, Call, ToolResult, find_call, write_result
 
-RESULT = "<<result>>"  # what only tools may write
 ROWS_AT_ONCE = 64  # more are decoded after one another
 
 
 class Toolbox(Protocol):
-    """What the engine needs of tools; runtime/tools has the real ones."""
+    """What the engine needs of tools; runtime/tools/dispatch.py has the real ones."""
 
-    def find_call(self, text: str) -> Any:
-        """The first complete call in a text, with the `text` of it; None while there is none."""
-
-    def run_all(self, calls: list) -> list:
+    def run_all(self, calls: list[Call | BadCall]) -> list[ToolResult]:
         """The calls' results, in order."""
-
-    def write_result(self, result: Any) -> str:
-        """The text that is inserted behind a call."""
 
 
 class Engine:
@@ -172,16 +166,16 @@ class Engine:
         inserted = []
         for (place, call), result in zip(calling, results, strict=True):
             rows[place].calls.append((call, result))
-            text = self.tools.write_result(result)
+            text = write_result(result)
             tokens = self.tokenizer.encode(text, add_special_tokens=False)
             rows[place].insert(tokens)
             inserted.append((place, tokens))
         return inserted
 
-    def _new_call(self, row: Row) -> Any:
+    def _new_call(self, row: Row) -> Call | BadCall | None:
         """The call that is complete since the last result, if any; a forged result is noted."""
         text = self.tokenizer.decode(row.tokens[row.watched :])
-        call = self.tools.find_call(text)
+        call = find_call(text)
         if call is not None and call.text == RESULT:
             row.forged, row.watched = True, len(row.tokens)
             return None

@@ -2,12 +2,12 @@
 has learnt by heart to ask the calculator."""
 
 import re
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from runtime.tools.calls import BadCall, Call, ToolResult
 from tests.tiny import tiny_llama
 
 END = 96
@@ -35,11 +35,6 @@ def encode(text: str) -> list[int]:
     return letters().encode(text, add_special_tokens=False)
 
 
-@dataclass(frozen=True)
-class Sum:
-    text: str
-
-
 class Calculator:
     """Multiplies; a stand-in for runtime/tools, which says how often and with what it was asked."""
 
@@ -47,19 +42,11 @@ class Calculator:
         self.asked: list[list[str]] = []
         self._answer = answer
 
-    def find_call(self, text: str) -> Sum | None:
-        if (forged := text.find("<<result>>")) >= 0 and "<<calc>>" not in text[:forged]:
-            return Sum("<<result>>")
-        found = re.search(r"<<calc>>\{.*?\}", text)
-        return Sum(found.group()) if found else None
-
-    def run_all(self, calls: list[Sum]) -> list[int | str]:
+    def run_all(self, calls: list[Call | BadCall]) -> list[ToolResult]:
         self.asked.append([call.text for call in calls])
         products = [re.findall(r"\d+", call.text) for call in calls]
-        return [self._answer or int(a) * int(b) for a, b in products]
-
-    def write_result(self, result: int | str) -> str:
-        return f"<<result>>{result}\n"
+        values = [self._answer or int(a) * int(b) for a, b in products]
+        return [ToolResult(True, value, None, 0.0) for value in values]
 
 
 @cache

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+import runtime.generation.engine
 from runtime.generation.answers import Answer, Sampling
 from runtime.generation.any_model import CachedSession
 from runtime.generation.engine import Engine
 from runtime.generation.packed_session import PackedSession
+from runtime.tools.calls import Call
 from tests.runtime.conversing import (
     CALL,
     END,
@@ -14,7 +16,6 @@ from tests.runtime.conversing import (
     PROMPT,
     RESULT,
     Calculator,
-    Sum,
     asker,
     encode,
     letters,
@@ -220,14 +221,15 @@ def test_without_tools_a_call_is_text() -> None:
     assert answer.text.startswith(CALL) and answer.calls == [] and all(answer.own)
 
 
-def test_a_recurrent_model_reads_results_too() -> None:
-    class Eager(Calculator):
+def test_a_recurrent_model_reads_results_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def eager(text: str) -> Call | None:
         """Takes any five characters for a call."""
+        return Call("calc", {"expression": "2*3"}, "2*3") if len(text) >= 5 else None
 
-        def find_call(self, text: str) -> Sum | None:
-            return Sum("2*3") if len(text) >= 5 else None
-
-    answers = packed(tiny_mamba(), Eager()).answer([encode("hi"), encode("you")], 2, sampling())
+    monkeypatch.setattr(runtime.generation.engine, "find_call", eager)
+    answers = packed(tiny_mamba(), Calculator()).answer(
+        [encode("hi"), encode("you")], 2, sampling()
+    )
     for prompt, group in zip(("hi", "you"), answers, strict=True):
         for answer in group:
             assert answer.finished == "eos" or len(answer.calls) == 2

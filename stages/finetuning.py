@@ -1,0 +1,161 @@
+"""Train an adapter on conversations: what sft and toolformer share.
+
+A step's loss is the mean cross-entropy of the counted tokens (stages/supervision.py) plus, against
+forgetting, that of some rows of the general text which the student was distilled on. Logits are
+made for counted tokens alone, a chunk at a time (modeling/losses.py): in a dialogue with a tool
+they are less than half of all.
+
+Each step follows from the seed and its number; interrupted training goes on to the same bits.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modeling.fast_path import fast_path
+from modeling.lora import Adapted, check_learning, trainable
+from modeling.losses import text_loss
+from stages.contract import Job
+from stages.course import Course
+from stages.recovery import Limits, Recovery, Rollback
+from stages.supervision import Example, Rows, lay_out
+from stages.training import TrainState
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What an adapter learns from.
+
+    general: (N, T) int64 rows of text; none are drawn where `course.general_rows` is 0.
+    """
+
+    course: Course
+    examples: list[Example]
+    validation: list[Example]
+    general: Tensor
+    pad: int
+
+    def batch(self, step: int) -> list[Example]:
+        """The conversations of a step: each once an epoch, in an order of its own."""
+        count = self.course.batch_conversations
+        places = range(step * count, (step + 1) * count)
+        return [self.examples[index] for index in draw(places, len(self.examples), self._seed(0))]
+
+    def general_batch(self, step: int) -> Tensor:
+        """The rows of general text of a step, (course.general_rows, T)."""
+        count = self.course.general_rows
+        places = range(step * count, (step + 1) * count)
+        return self.general[list(draw(places, len(self.general), self._seed(1)))]
+
+    def laid_out(self, examples: list[Example]) -> Iterator[Rows]:
+        """Examples in rows, as the course says."""
+        yield from lay_out(examples, self.pad, self.course.most_tokens, self.course.packing)
+
+    def _seed(self, stream: int) -> tuple[int, int]:
+        return self.course.seed, stream
+
+
+def draw(places: range, count: int, seed: tuple[int, ...]) -> Iterator[int]:
+    """What stands at places of an endless row of permutations of `count` things."""
+    order: dict[int, np.ndarray] = {}
+    for place in places:
+        epoch, index = divmod(place, count)
+        if epoch not in order:
+            order[epoch] = np.random.default_rng((*seed, epoch)).permutation(count)
+        yield int(order[epoch][index])
+
+
+def finetune(adapted: Adapted, lesson: Lesson, job: Job, phase: str) -> list[Rollback]:
+    """Train the adapter, in place; goes on from a checkpoint of this phase.
+
+    Gives how often, and why, training was taken back (stages/recovery.py). Raises DeadAdapter after
+    the first backward pass where a layer learns nothing.
+    """
+    course = lesson.course
+    named = trainable(adapted)
+    training = TrainState(named, course.learning_rate, course.steps)
+    limits = Limits(course.spike, course.regression)
+    recovery = job.resume(Recovery(training, limits, job.folder / "best" / phase), phase)
+    model = adapted.get_base_model()
+    with fast_path(model, job.say) if course.fast_path else nullcontext():
+        if training.step == 0:
+            recovery.begin(mean_loss(model, lesson, lesson.validation))
+        while training.step < course.steps:
+            metrics, reason = _learn(model, named, lesson, recovery)
+            if reason is None and _is_due(training.step, course):
+                metrics["validation"] = mean_loss(model, lesson, lesson.validation)
+                reason = recovery.validated(metrics["validation"])
+            if reason is not None:
+                back = recovery.roll_back(reason)
+                job.say(f"{phase}: back from step {back.step} to {back.to_step}: {reason}")
+            job.step_done(recovery, training.step, course.steps, phase, **metrics)
+    return recovery.rollbacks
+
+
+def _learn(
+    model: PreTrainedModel, named: list, lesson: Lesson, recovery: Recovery
+) -> tuple[dict[str, float], str | None]:
+    """One step: its losses, or why it was passed over."""
+    course, training = lesson.course, recovery.state
+    batch = lesson.batch(training.step)
+    counted = sum(sum(example.counted) for example in batch)
+    own = general = 0.0
+    for rows in lesson.laid_out(batch):
+        loss = rows_loss(model, rows) / counted
+        loss.backward()
+        own += loss.item()
+    if course.general_rows:
+        loss = general_loss(model, lesson.general_batch(training.step))
+        loss.backward()
+        general = loss.item()
+    reason = recovery.refuses(own + general)
+    if reason is None:
+        if training.step == 0:
+            check_learning(named)
+        try:
+            norm = training.update(course.warmup, course.clip)
+            return {"loss": own, "general": general, "gradient_norm": norm}, None
+        except FloatingPointError as error:
+            reason = str(error)
+    training.pass_over()
+    return {}, reason
+
+
+def rows_loss(model: PreTrainedModel, rows: Rows) -> Tensor:
+    """The sum of the counted tokens' cross-entropies, in nats."""
+    positions = {} if _is_plain(rows) else {"position_ids": rows.positions.to(model.device)}
+    tokens = rows.tokens.to(model.device)
+    hidden = model.base_model(tokens, use_cache=False, **positions).last_hidden_state
+    counted = rows.counted[:, 1:].to(model.device)
+    head = model.get_output_embeddings().weight
+    mean = text_loss(hidden[:, :-1][counted].to(head.dtype), head, tokens[:, 1:][counted])
+    return mean * counted.sum()
+
+
+def _is_plain(rows: Rows) -> bool:
+    """Whether each row is one example: positions are then as every model counts them itself."""
+    return bool((rows.positions == torch.arange(rows.positions.shape[1])).all())
+
+
+def general_loss(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of rows of text (R, T)."""
+    tokens = tokens.to(model.device)
+    hidden = model.base_model(tokens, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings().weight
+    return text_loss(hidden[:, :-1].flatten(0, 1).to(head.dtype), head, tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, lesson: Lesson, examples: list[Example]) -> float:
+    """Mean cross-entropy of the counted tokens of examples, in nats."""
+    losses = [rows_loss(model, rows).item() for rows in lesson.laid_out(examples)]
+    return sum(losses) / sum(sum(example.counted) for example in examples)
+
+
+def _is_due(step: int, course: Course) -> bool:
+    return step % course.validate_every == 0 or step == course.steps

@@ -1,0 +1,1 @@
+"""Teach skills by example: an adapter each."""

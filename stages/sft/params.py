@@ -1,0 +1,45 @@
+"""What can be set of sft."""
+
+from dataclasses import dataclass
+
+from stages.course import Course
+from stages.params import require_at_least, require_one_of, require_within
+
+VARIANTS = ("lora", "rslora", "dora", "pissa")  # of modeling/lora.py, which imports torch
+
+
+@dataclass(frozen=True)
+class Capability:
+    """A skill: its name, what it is learnt from, and which linear layers change for it."""
+
+    name: str
+    conversations: tuple[str, ...]
+    targets: tuple[str, ...]
+    last_blocks: int
+
+    def __post_init__(self) -> None:
+        if not self.conversations:
+            raise ValueError(f"capability '{self.name}' has no 'conversations' to learn from")
+        require_at_least(0, last_blocks=self.last_blocks)
+
+
+@dataclass(frozen=True)
+class Params(Course):
+    """The section `sft` of params.yaml; comments and units stand there."""
+
+    capabilities: tuple[Capability, ...]
+    rank: int
+    alpha: float
+    variant: str
+    general_text: str
+    heldout_rows: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_within(1, 1024, rank=self.rank)
+        require_within(1e-3, 1e4, alpha=self.alpha)
+        require_one_of(VARIANTS, variant=self.variant)
+        require_at_least(2, heldout_rows=self.heldout_rows)
+        names = [capability.name for capability in self.capabilities]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"'capabilities' are {names}; name at least one, each once")
