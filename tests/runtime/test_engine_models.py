@@ -158,6 +158,16 @@ def test_weights_in_half_precision_give_nearly_the_same_log_probabilities() -> N
             assert torch.tensor(answer.log_probs) == pytest.approx(own, abs=3e-2)
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_a_model_in_bfloat16_is_decoded_in_it(name: str) -> None:
+    model = PACKED[name]().bfloat16()
+    made = engine(model)
+    assert "packed" in made.path and "bfloat16" in made.path
+    for prompt, (answer,) in zip(prompts(4), made.answer(prompts(4), 1, SAMPLED), strict=True):
+        own = log_probs(model, prompt, answer).float()
+        assert torch.tensor(answer.log_probs) == pytest.approx(own, abs=0.2)  # 8 bits
+
+
 def test_changed_matrices_count_from_the_next_refresh_on() -> None:
     model, several = tiny_llama(), prompts(5, 6)
     made = engine(model)
