@@ -20,6 +20,10 @@ that TRL reads adapters unmerged and needs another forward for its log-probabili
 
 floor: the larger of two times, what reading the weights once a step takes at the measured speed of
 memory, and what the products take at the measured speed of a large one; prompts once a group.
+
+Measured (AVX2, float32, one core shared with other work, 4 x 4, 2 rounds): ours 11.6 ms a token,
+exact 15.3, generate 27.8, TRL 27.0; the floor 5.0. So ours takes 1 / 2.4 of the processor time of
+generate, exact 1 / 1.8. Reading of weights back into packed ones: 2.4 s as float16, 0.5 exact.
 """
 
 import argparse
