@@ -28,10 +28,9 @@ BATCH_ROWS = 4  # of general text, where it is only measured
 
 def run(params: Params, job: Job) -> Metrics:
     """Reinforce, measure, decide; see the module's steps."""
-    from runtime.tools.dispatch import Tools
-
     from modeling.lora import keep_reference, merged, open_adapted, save_adapter
     from runtime.generation.engine import Engine
+    from runtime.tools.dispatch import Tools
     from stages.forgetting import compare, row_losses
     from stages.grpo.policy import Policy
     from stages.grpo.reinforcement import Reinforcement

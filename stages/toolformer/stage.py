@@ -34,10 +34,9 @@ CALL_TOKENS = 48  # of a call that is proposed
 
 def run(params: Params, job: Job) -> Metrics:
     """Propose, filter, train, decide; see the module's steps."""
-    from runtime.tools.dispatch import Tools
-
     from modeling.lora import merged, open_adapted, save_adapter
     from runtime.generation.engine import Engine
+    from runtime.tools.dispatch import Tools
     from stages.finetuning import finetune
     from stages.forgetting import compare, row_losses
     from stages.probing import ask, why_not
@@ -90,9 +89,8 @@ def run(params: Params, job: Job) -> Metrics:
 
 def find_calls(model, engine, tokenizer, params: Params, job: Job):
     """Steps 2 and 3."""
-    from runtime.tools.calls import write_result
-
     from runtime.generation.answers import Sampling
+    from runtime.tools.calls import write_result
     from stages.formats.conversations import read_conversations
     from stages.toolformer.proposals import Text, find_places, propose
     from stages.toolformer.report import Found
