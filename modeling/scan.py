@@ -22,6 +22,7 @@ transformers 4.3 (8.4 times), mambapy 1.2.0 0.84 (benchmarks/scan.py).
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType, MethodType
 
@@ -32,6 +33,9 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.models.mamba import modeling_mamba
 
+from modeling.causal_conv import causal_conv1d
+
+LOG2_E = 1 / math.log(2)
 PIECE_ELEMENTS = 1 << 18  # of a piece's states (time x B x N x D): 1 MB in float32
 
 
@@ -72,7 +76,11 @@ def _rebound(forward: Callable) -> Callable:
     where mamba_ssm is installed, transformers would call it for tensors on the CPU, too.
     """
     source = inspect.unwrap(forward)
-    names = {"mamba_selective_scan": selective_scan, "mamba_inner_fn": lambda *_, **__: None}
+    names = {
+        "mamba_selective_scan": selective_scan,
+        "causal_conv1d_fn": causal_conv1d,
+        "mamba_inner_fn": lambda *_, **__: None,
+    }
     if missing := set(names) - set(source.__code__.co_names):
         raise ValueError(
             f"MambaMixer.forward of this transformers calls no {', '.join(sorted(missing))}; "
@@ -100,19 +108,19 @@ def selective_scan(
     Computes in float32 at least, and gives the type of `hidden_states`.
     """
     exact = torch.promote_types(hidden_states.dtype, torch.float32)
-    u, delta = hidden_states.to(exact), dt.to(exact)
+    # (L, B, ...): of what was projected in the order (B, L, D) a view, and no copy for one row
+    u, delta, B, C = (tensor.to(exact).permute(2, 0, 1) for tensor in (hidden_states, dt, B, C))
+    delta = delta.contiguous()
     if delta_bias is not None:
-        delta = delta + delta_bias.to(exact)[:, None]
+        delta = delta + delta_bias.to(exact)
     if delta_softplus:
         delta = F.softplus(delta)
-    by_time = [tensor.to(exact).permute(2, 0, 1).contiguous() for tensor in (u, delta, B, C)]
-    y, last = _Scan.apply(*by_time, A.to(exact).T.contiguous())
-    y = y.permute(1, 2, 0)
+    y, last = _Scan.apply(u.contiguous(), delta, B, C, A.to(exact).T.contiguous())
     if D is not None:
-        y = y + u * D.to(exact)[:, None]
+        y = torch.addcmul(y, u, D.to(exact))
     if z is not None:
-        y = y * F.silu(z.to(exact))
-    y = y.to(hidden_states.dtype)
+        y = y * F.silu(z.to(exact).permute(2, 0, 1))
+    y = y.permute(1, 2, 0).to(hidden_states.dtype)
     return (y, last.transpose(1, 2)) if return_last_state else y
 
 
@@ -125,9 +133,10 @@ class _Scan(torch.autograd.Function):
         room = _room(2, pieces, u, A)
         carry = u.new_zeros(u.shape[1], *A.shape)
         y, starts = torch.empty_like(u), []
+        binary = A * LOG2_E
         for part in pieces:
             starts.append(carry)
-            states, _ = _states(u[part], delta[part], B[part], A, carry, room)
+            states, _ = _states(u[part], delta[part], B[part], binary, carry, room)
             y[part] = _over_n(C[part], states)
             carry = states[-1].clone()
         ctx.save_for_backward(u, delta, B, C, A, *starts)
@@ -140,22 +149,25 @@ class _Scan(torch.autograd.Function):
         dy = dy.contiguous()
         du, ddelta, dB, dC = (torch.empty_like(tensor) for tensor in (u, delta, B, C))
         dA, pieces = torch.zeros_like(A), _pieces(u, A)
-        *room, spare = _room(3, pieces, u, A)
+        *room, of_g, spare = _room(4, pieces, u, A)
+        binary = A * LOG2_E
         for part, start in reversed(list(zip(pieces, starts, strict=True))):
-            states, decay = _states(u[part], delta[part], B[part], A, start, room)
-            dC[part] = _over_d(states, dy[part])
-            g = torch.mul(C[part, ..., None], dy[part, :, None], out=spare[: len(states)])
-            g[-1] += carry
-            for t in range(len(g) - 2, -1, -1):
-                g[t].addcmul_(decay[t + 1], g[t + 1])
-            carry = g[0] * decay[0]
+            states, decay = _states(u[part], delta[part], B[part], binary, start, room)
+            products = spare[: len(states)]
+            dC[part] = torch.mul(states, dy[part, :, None], out=products).sum(-1)
+            g = torch.mul(C[part, ..., None], dy[part, :, None], out=of_g[: len(states)])
+            steps, decays = g.unbind(), decay.unbind()
+            before = steps[-1].add_(carry)
+            for step, factor in zip(steps[-2::-1], decays[:0:-1], strict=True):
+                before = step.addcmul_(factor, before)
+            carry = steps[0] * decays[0]
             s = _over_n(B[part], g)
-            dB[part] = _over_d(g, delta[part] * u[part])
+            dB[part] = torch.mul(g, (delta[part] * u[part])[:, :, None], out=products).sum(-1)
             du[part] = delta[part] * s
             p = g.mul_(decay)
             p[1:].mul_(states[:-1])
             p[0].mul_(start)
-            dA += torch.mul(p, delta[part, :, None], out=states).sum((0, 1))
+            dA += torch.mul(p, delta[part, :, None], out=products).sum((0, 1))
             ddelta[part] = p.mul_(A).sum(2).addcmul_(u[part], s)
         return du, ddelta, dB, dC, dA
 
@@ -163,11 +175,6 @@ class _Scan(torch.autograd.Function):
 def _over_n(weights: Tensor, states: Tensor) -> Tensor:
     """Sum over the state: (T, B, N), (T, B, N, D) -> (T, B, D)."""
     return (weights[:, :, None] @ states)[:, :, 0]
-
-
-def _over_d(states: Tensor, weights: Tensor) -> Tensor:
-    """Sum over the width: (T, B, N, D), (T, B, D) -> (T, B, N)."""
-    return (states @ weights[..., None])[..., 0]
 
 
 def _pieces(u: Tensor, A: Tensor) -> list[slice]:
@@ -183,13 +190,16 @@ def _room(count: int, pieces: list[slice], u: Tensor, A: Tensor) -> Tensor:
 
 
 def _states(
-    u: Tensor, delta: Tensor, B: Tensor, A: Tensor, start: Tensor, room: Sequence[Tensor]
+    u: Tensor, delta: Tensor, B: Tensor, binary: Tensor, start: Tensor, room: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """A piece's states h and decays a, (T, B, N, D) each, from the state before it."""
+    """A piece's states h and decays a, (T, B, N, D) each, from the state before it.
+
+    binary: A / ln 2, because 2 to a power takes half the time of e to one.
+    """
     states, decay = (memory[: len(u)] for memory in room)
-    torch.mul(delta[:, :, None], A, out=decay).exp_()
+    torch.mul(delta[:, :, None], binary, out=decay).exp2_()
     torch.mul(B[..., None], (delta * u)[:, :, None], out=states)
     before = start
-    for t in range(len(u)):
-        before = states[t].addcmul_(decay[t], before)
+    for step, factor in zip(states.unbind(), decay.unbind(), strict=True):
+        before = step.addcmul_(factor, before)
     return states, decay
