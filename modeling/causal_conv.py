@@ -46,13 +46,14 @@ class _ConvSilu(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         g = torch.ops.aten.silu_backward(dy.contiguous(), _filtered(x, weight, bias))
         taps, tokens = weight.shape[1], x.shape[1]
-        dx, dweight = g * weight[:, -1], torch.zeros_like(weight)
-        for tap in range(taps):
-            late = taps - 1 - tap  # tokens between the value and what it goes into
-            if late < tokens:
-                dweight[:, tap] = (g[:, late:] * x[:, : tokens - late]).sum((0, 1))
-            if 0 < late < tokens:
-                dx[:, :-late].addcmul_(g[:, late:], weight[:, tap])
+        dx, dweight, products = g * weight[:, -1], torch.zeros_like(weight), torch.empty_like(g)
+        for tap in range(max(0, taps - tokens), taps):
+            late = taps - 1 - tap  # tokens between a value and what it goes into
+            end = tokens - late
+            torch.mul(g[:, late:], x[:, :end], out=products[:, :end])
+            dweight[:, tap] = products[:, :end].sum((0, 1))
+            if late:
+                dx[:, :end].addcmul_(g[:, late:], weight[:, tap])
         return dx, dweight, None if bias is None else g.sum((0, 1))
 
 

@@ -22,6 +22,7 @@ seed counts 2 M parameters; two experts of 32 units at width 768 have 0.1 M.
 Letters: B rows, T tokens a row, D hidden width, E experts, F units of an expert, N tokens.
 """
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,6 +81,12 @@ class TopOneExperts(nn.Module):
         self.up = nn.Parameter(torch.randn(shape.experts, shape.units, width) * width**-0.5)
         self.down = nn.Parameter(torch.zeros(shape.experts, width, shape.units))
         self._routed: tuple[Tensor, Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict) -> "TopOneExperts":
+        """A copy without the last pass: what autograd holds cannot be copied."""
+        twin = memo[id(self)] = TopOneExperts.__new__(TopOneExperts)
+        twin.__dict__ = copy.deepcopy(self.__dict__ | {"_routed": None}, memo)
+        return twin
 
     def forward(self, hidden: Tensor) -> Tensor:
         """What is added to (..., D), in its type."""

@@ -108,68 +108,98 @@ def selective_scan(
     Computes in float32 at least, and gives the type of `hidden_states`.
     """
     exact = torch.promote_types(hidden_states.dtype, torch.float32)
-    # (L, B, ...): of what was projected in the order (B, L, D) a view, and no copy for one row
-    u, delta, B, C = (tensor.to(exact).permute(2, 0, 1) for tensor in (hidden_states, dt, B, C))
-    delta = delta.contiguous()
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(exact)
-    if delta_softplus:
-        delta = F.softplus(delta)
-    y, last = _Scan.apply(u.contiguous(), delta, B, C, A.to(exact).T.contiguous())
-    if D is not None:
-        y = torch.addcmul(y, u, D.to(exact))
-    if z is not None:
-        y = y * F.silu(z.to(exact).permute(2, 0, 1))
+    # (L, B, ...): a view of what was projected in the order (B, L, D)
+    over_time = (None if x is None else x.to(exact).permute(2, 0, 1)
+                 for x in (hidden_states, dt, B, C, z))  # fmt: skip
+    of_width = (None if x is None else x.to(exact) for x in (D, delta_bias))
+    y, last = _Scan.apply(*over_time, A.to(exact).T.contiguous(), *of_width, delta_softplus)
     y = y.permute(1, 2, 0).to(hidden_states.dtype)
     return (y, last.transpose(1, 2)) if return_last_state else y
 
 
 class _Scan(torch.autograd.Function):
-    """u, delta (L, B, D); B, C (L, B, N); A (N, D) -> y (L, B, D), the last state (B, N, D)."""
+    """u, dt, z (L, B, D); B, C (L, B, N); A (N, D); D, bias (D,) -> y (L, B, D), state (B, N, D).
+
+    All that is done token by token is done within a piece, too, where it is in the cache.
+    """
 
     @staticmethod
-    def forward(ctx, u, delta, B, C, A):
+    def forward(ctx, u, dt, B, C, z, A, D, bias, softplus):
+        dt = dt.contiguous()
         pieces = _pieces(u, A)
         room = _room(2, pieces, u, A)
         carry = u.new_zeros(u.shape[1], *A.shape)
-        y, starts = torch.empty_like(u), []
-        binary = A * LOG2_E
+        y, starts, binary = u.new_empty(u.shape), [], A * LOG2_E
         for part in pieces:
             starts.append(carry)
-            states, _ = _states(u[part], delta[part], B[part], binary, carry, room)
-            y[part] = _over_n(C[part], states)
+            delta, _ = _delta(dt[part], bias, softplus)
+            states, _ = _states(u[part], delta, B[part], binary, carry, room)
+            out = _read(C[part], states, D, u[part])
+            y[part] = out if z is None else out.mul_(F.silu(z[part]))
             carry = states[-1].clone()
-        ctx.save_for_backward(u, delta, B, C, A, *starts)
+        ctx.softplus = softplus
+        ctx.save_for_backward(u, dt, B, C, z, A, D, bias, *starts)
         return y, carry
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, carry):
-        u, delta, B, C, A, *starts = ctx.saved_tensors
-        dy = dy.contiguous()
-        du, ddelta, dB, dC = (torch.empty_like(tensor) for tensor in (u, delta, B, C))
-        dA, pieces = torch.zeros_like(A), _pieces(u, A)
+    def backward(ctx, gradient, carry):
+        u, dt, B, C, z, A, D, bias, *starts = ctx.saved_tensors
+        du, ddt, dB, dC, dz, dA, dD, dbias = (
+            None if x is None else x.new_empty(x.shape) for x in (u, dt, B, C, z, A, D, bias)
+        )
+        for total in (dA, dD, dbias):
+            if total is not None:
+                total.zero_()
+        pieces, binary = _pieces(u, A), A * LOG2_E
         *room, of_g, spare = _room(4, pieces, u, A)
-        binary = A * LOG2_E
         for part, start in reversed(list(zip(pieces, starts, strict=True))):
-            states, decay = _states(u[part], delta[part], B[part], binary, start, room)
-            products = spare[: len(states)]
-            dC[part] = torch.mul(states, dy[part, :, None], out=products).sum(-1)
-            g = torch.mul(C[part, ..., None], dy[part, :, None], out=of_g[: len(states)])
-            steps, decays = g.unbind(), decay.unbind()
-            before = steps[-1].add_(carry)
-            for step, factor in zip(steps[-2::-1], decays[:0:-1], strict=True):
-                before = step.addcmul_(factor, before)
-            carry = steps[0] * decays[0]
+            delta, slope = _delta(dt[part], bias, ctx.softplus)
+            input = delta * u[part]
+            states, decay = _states(u[part], delta, B[part], binary, start, room)
+            dy = gradient[part]
+            if z is not None:
+                silu, out = F.silu(z[part]), _read(C[part], states, D, u[part])
+                dz[part] = torch.ops.aten.silu_backward(out.mul_(dy), z[part])
+                dy = dy * silu
+            products, g = spare[: len(states)], of_g[: len(states)]
+            dC[part] = torch.mul(states, dy[:, :, None], out=products).sum(-1)
+            carry = _back(torch.mul(C[part, ..., None], dy[:, :, None], out=g), decay, carry)
             s = _over_n(B[part], g)
-            dB[part] = torch.mul(g, (delta[part] * u[part])[:, :, None], out=products).sum(-1)
-            du[part] = delta[part] * s
+            dB[part] = torch.mul(g, input[:, :, None], out=products).sum(-1)
+            du[part] = delta * s if D is None else torch.addcmul(delta * s, dy, D)
             p = g.mul_(decay)
             p[1:].mul_(states[:-1])
             p[0].mul_(start)
-            dA += torch.mul(p, delta[part, :, None], out=products).sum((0, 1))
-            ddelta[part] = p.mul_(A).sum(2).addcmul_(u[part], s)
-        return du, ddelta, dB, dC, dA
+            dA += torch.mul(p, delta[:, :, None], out=products).sum((0, 1))
+            ddelta = p.mul_(A).sum(2).addcmul_(u[part], s)
+            ddt[part] = ddelta if slope is None else ddelta.mul_(slope)
+            if dD is not None:
+                dD += (dy * u[part]).sum((0, 1))
+            if dbias is not None:
+                dbias += ddelta.sum((0, 1))
+        return du, ddt, dB, dC, dz, dA, dD, dbias, None
+
+
+def _delta(dt: Tensor, bias: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor | None]:
+    """Steps of time (T, B, D), and their slope by dt where it is not 1."""
+    raw = dt if bias is None else dt + bias
+    return (F.softplus(raw), raw.sigmoid()) if softplus else (raw, None)
+
+
+def _read(C: Tensor, states: Tensor, D: Tensor | None, u: Tensor) -> Tensor:
+    """What is seen of a piece's states, before the gate: (T, B, D)."""
+    seen = _over_n(C, states)
+    return seen if D is None else seen.addcmul_(u, D)
+
+
+def _back(g: Tensor, decay: Tensor, carry: Tensor) -> Tensor:
+    """The recurrence of gradients over a piece, in place; what is carried to the piece before."""
+    steps, factors = g.unbind(), decay.unbind()
+    later = steps[-1].add_(carry)
+    for step, factor in zip(steps[-2::-1], factors[:0:-1], strict=True):
+        later = step.addcmul_(factor, later)
+    return later * factors[0]
 
 
 def _over_n(weights: Tensor, states: Tensor) -> Tensor:
