@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     model = open_model(locate(options.teacher))
-    rows = torch.from_numpy(read_rows(options.rows, "heldout", options.text))[: options.count]
+    rows = torch.from_numpy(read_rows(options.rows, "heldout")[options.text])[: options.count]
     rows = rows.long()
     whole = sum({id(p): 2 * p.numel() for p in model.parameters()}.values())
     own = loss(model, rows)
