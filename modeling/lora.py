@@ -28,7 +28,10 @@ from modeling.blocks import called_linear_layers, find_blocks
 
 VARIANTS = ("lora", "rslora", "dora", "pissa")
 PRINCIPAL = "pissa_niter_4"  # its fast singular value decomposition
+REFERENCE = "reference"  # the name of an adapter that a policy is kept near to
 NOT_FOR_MAMBA = ("out_proj",)  # PEFT refuses it: fused kernels read its weight themselves
+
+Adapted = PeftModel  # a model that carries adapters
 
 
 class DeadAdapter(RuntimeError):
@@ -58,7 +61,7 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     return [n for n in called_linear_layers(model) if n.rpartition(".")[2] not in skipped]
 
 
-def adapt(model: PreTrainedModel, shape: AdapterShape, seed: int, start: Path) -> PeftModel:
+def adapt(model: PreTrainedModel, shape: AdapterShape, seed: int, start: Path) -> Adapted:
     """Put a new adapter on a model, in place; only it is trainable afterwards.
 
     start: a folder for what `save_adapter` needs of PiSSA's beginning; others leave it alone.
@@ -106,7 +109,7 @@ def _targets(model: PreTrainedModel, shape: AdapterShape) -> list[str]:
     return [n for n in every if block_of[n] >= first and n.rpartition(".")[2] in wanted]
 
 
-def trainable(adapted: PeftModel) -> list[tuple[str, nn.Parameter]]:
+def trainable(adapted: Adapted) -> list[tuple[str, nn.Parameter]]:
     """What an adapter learns, by name."""
     return [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
 
@@ -130,7 +133,7 @@ def check_learning(named: Iterable[tuple[str, nn.Parameter]]) -> None:
         )
 
 
-def save_adapter(adapted: PeftModel, folder: Path, start: Path) -> None:
+def save_adapter(adapted: Adapted, folder: Path, start: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json, for the model as it was before.
 
     PiSSA took its start out of the model's weights; it is written as the plain adapter of twice the
@@ -139,13 +142,15 @@ def save_adapter(adapted: PeftModel, folder: Path, start: Path) -> None:
     adapted.active_peft_config.base_model_name_or_path = None  # it may be moved
     has_start = (start / "adapter_config.json").is_file()
     adapted.save_pretrained(
-        folder, path_initial_model_for_weight_conversion=str(start) if has_start else None
+        folder,
+        selected_adapters=[adapted.active_adapter],
+        path_initial_model_for_weight_conversion=str(start) if has_start else None,
     )
     (folder / "README.md").unlink()  # PEFT's empty model card
 
 
 @contextlib.contextmanager
-def merged(adapted: PeftModel) -> Iterator[PreTrainedModel]:
+def merged(adapted: Adapted) -> Iterator[PreTrainedModel]:
     """The model with the adapter added to its weights, for as long as the context lasts.
 
     Weights are put back from a copy, to the bit; PEFT would subtract, which rounds.
@@ -164,7 +169,7 @@ def merged(adapted: PeftModel) -> Iterator[PreTrainedModel]:
             adapted.get_submodule(name).base_layer.weight.data.copy_(weight)
 
 
-def open_adapted(model: PreTrainedModel, folder: Path, trains: bool = False) -> PeftModel:
+def open_adapted(model: PreTrainedModel, folder: Path, trains: bool = False) -> Adapted:
     """Put a finished adapter on the model it was made for, in place.
 
     Raises FileNotFoundError for a folder without one.
@@ -175,6 +180,22 @@ def open_adapted(model: PreTrainedModel, folder: Path, trains: bool = False) -> 
         model, folder, is_trainable=trains, autocast_adapter_dtype=False, local_files_only=True
     )
     return adapted.eval()
+
+
+def keep_reference(adapted: Adapted, folder: Path) -> None:
+    """Add a finished adapter that is only compared with, under the name REFERENCE."""
+    adapted.load_adapter(folder, REFERENCE, is_trainable=False, autocast_adapter_dtype=False)
+
+
+@contextlib.contextmanager
+def as_reference(adapted: Adapted) -> Iterator[None]:
+    """Let the model be as the reference has it, for as long as the context lasts."""
+    own = adapted.active_adapter
+    adapted.set_adapter(REFERENCE, inference_mode=True)
+    try:
+        yield
+    finally:
+        adapted.set_adapter(own)
 
 
 def open_merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

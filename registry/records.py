@@ -179,6 +179,9 @@ class Source:
     python: name of a function in stages/prepare/sources.py; works offline.
     hub: id on the Hugging Face hub, with its revision (commit, branch; None is the newest), config
     (None is the only or default one) and split.
+    file: JSON lines with the same rows as the hub's, below $NANOFOUNDRY_DATA where that is set.
+    conversations: name of a function in stages/prepare/skills.py. With a hub dataset it turns its
+    rows into conversations; alone it makes them, and works offline.
     """
 
     python: str | None = None
@@ -186,19 +189,27 @@ class Source:
     revision: str | None = None
     config: str | None = None
     split: str | None = None
+    file: str | None = None
+    conversations: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.python is None) == (self.hub is None):
-            raise ValueError("give exactly one of 'python' and 'hub'")
+        if self.python is not None and (self.hub or self.conversations):
+            raise ValueError(
+                "'python' stands alone; give exactly one of it and 'hub' or 'conversations'"
+            )
+        if not (self.python or self.hub or self.conversations):
+            raise ValueError("give exactly one of 'python', 'hub' and 'conversations'")
         if self.hub is not None and self.split is None:
             raise ValueError(f"the hub dataset '{self.hub}' needs a 'split'")
-        if self.python is not None and (self.revision or self.config or self.split):
-            raise ValueError("'revision', 'config' and 'split' belong to a hub source only")
+        if self.hub is None and (self.revision or self.config or self.split or self.file):
+            raise ValueError("'revision', 'config', 'split' and 'file' belong to a hub source only")
 
 
 def _require_text_fits(source: Source, text: str | None) -> None:
     if source.python is not None and text is not None:
         raise ValueError("a python source gives finished text; set 'text' to null")
+    if source.conversations is not None and text is not None:
+        raise ValueError("conversations are no text of one piece; set 'text' to null")
 
 
 @dataclass(frozen=True)
@@ -206,7 +217,8 @@ class Dataset:
     """Something to learn from.
 
     text: str.format template that turns a row's columns into one text, e.g. "Q: {question}".
-    None for a python source (its rows are texts already) and where there is no text (audio).
+    None for a python source (its rows are texts already), for conversations, and where there is no
+    text (audio).
     gated: True when the hub asks you to log in and accept terms before a download.
     """
 
@@ -222,8 +234,14 @@ class Dataset:
     def __post_init__(self) -> None:
         _require_one_of("modality", self.modality, MODALITIES)
         _require_text_fits(self.source, self.text)
-        if self.modality == "text" and self.source.hub is not None and self.text is None:
+        is_text = self.modality == "text" and not self.teaches_by_conversations
+        if is_text and self.source.hub is not None and self.text is None:
             raise ValueError("a text dataset of the hub needs a 'text' template")
+
+    @property
+    def teaches_by_conversations(self) -> bool:
+        """Whether it teaches a skill by requests and answers, and not by plain text."""
+        return self.source.conversations is not None
 
 
 @dataclass(frozen=True)

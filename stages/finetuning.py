@@ -14,12 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from modeling.fast_path import fast_path
-from modeling.lora import check_learning, trainable
+from modeling.lora import Adapted, check_learning, trainable
 from modeling.losses import text_loss
 from stages.contract import Job
 from stages.course import Course
@@ -71,7 +70,7 @@ def draw(places: range, count: int, seed: tuple[int, ...]) -> Iterator[int]:
         yield int(order[epoch][index])
 
 
-def finetune(adapted: PeftModel, lesson: Lesson, job: Job, phase: str) -> list[Rollback]:
+def finetune(adapted: Adapted, lesson: Lesson, job: Job, phase: str) -> list[Rollback]:
     """Train the adapter, in place; goes on from a checkpoint of this phase.
 
     Gives how often, and why, training was taken back (stages/recovery.py). Raises DeadAdapter after

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling.blocks import dissect
 from modeling.loading import open_model, open_tokenizer
-from stages.contract import Job
 from stages.forgetting import general_rows, measure_drift
+from stages.formats.importance import read_subspaces
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,22 @@ class Student:
         return measure_drift(self.untouched, model, self.dropped, self.profile, rows, len(rows))
 
 
-def open_student(job: Job) -> Student:
-    """Open what distill has made, twice: to go on from, and to compare with."""
-    folder = job.input("distill")
-    facts = json.loads((folder / "student.json").read_text(encoding="utf-8"))
-    model = open_model(folder / "student")
-    profile = job.inputs("profile")[facts["teacher"]]
+def open_student(distilled: Path, profiles: Mapping[str, Path], prepared: Path) -> Student:
+    """Open what distill has made, twice: to go on from, and to compare with.
+
+    distilled, prepared: folders of these stages; profiles: those of profile, by teacher.
+    """
+    facts = json.loads((distilled / "student.json").read_text(encoding="utf-8"))
+    model = open_model(distilled / "student")
+    profile = profiles[facts["teacher"]]
     return Student(
-        model, open_tokenizer(folder / "student"), _dropped(facts, model, profile),
-        job.input("prepare"), profile, copy.deepcopy(model),
+        model, open_tokenizer(distilled / "student"), _dropped(facts, model, profile), prepared,
+        profile, copy.deepcopy(model),
     )  # fmt: skip
 
 
 def _dropped(facts: dict, model: PreTrainedModel, profile: Path) -> list[int] | None:
     """The blocks that a student of the teacher's width was cut without, else None."""
-    from stages.formats.importance import read_subspaces
-
     blocks, width = read_subspaces(profile).mean.shape
     own = model.get_input_embeddings().weight.shape[1]
     same = (len(dissect(model).blocks), own) == (blocks - len(facts["dropped"]), width)

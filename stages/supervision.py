@@ -16,6 +16,7 @@ Letters: R rows, T tokens a row.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from runtime.prompt import inserted_tokens, prompt_tokens
 from stages.formats.conversations import Conversation
+
+Sized = TypeVar("Sized")  # whatever has a length in tokens
 
 
 @dataclass(frozen=True)
@@ -90,19 +93,23 @@ def _own_tokens(
 
 def lay_out(examples: Sequence[Example], pad: int, most_tokens: int, packs: bool) -> Iterator[Rows]:
     """Examples in rows, at most `most_tokens` computed at a time where one alone is not longer."""
-    longest_first = sorted(examples, key=len, reverse=True)
     if packs:
-        for row in pack(longest_first, most_tokens):
-            yield _rows([row], pad)
-        return
-    group: list[list[Example]] = []
-    for example in longest_first:
-        if group and (len(group) + 1) * len(group[0][0]) > most_tokens:
-            yield _rows(group, pad)
-            group = []
-        group.append([example])
-    if group:
-        yield _rows(group, pad)
+        for row in pack(sorted(examples, key=len, reverse=True), most_tokens):
+            yield make_rows([row], pad)
+    else:
+        for group in alike(examples, most_tokens):
+            yield make_rows([[example] for example in group], pad)
+
+
+def alike(examples: Sequence[Sized], most_tokens: int) -> list[list[Sized]]:
+    """Examples of about equal lengths together, the longest first, `most_tokens` with padding."""
+    groups: list[list[Sized]] = []
+    for example in sorted(examples, key=len, reverse=True):
+        if groups and (len(groups[-1]) + 1) * len(groups[-1][0]) <= most_tokens:
+            groups[-1].append(example)
+        else:
+            groups.append([example])
+    return groups
 
 
 def pack(longest_first: Sequence[Example], row_tokens: int) -> list[list[Example]]:
@@ -122,7 +129,7 @@ def pack(longest_first: Sequence[Example], row_tokens: int) -> list[list[Example
     return rows
 
 
-def _rows(rows: list[list[Example]], pad: int) -> Rows:
+def make_rows(rows: list[list[Example]], pad: int) -> Rows:
     """Tensors of rows of examples; padding follows the last one, on its positions."""
     width = max(sum(map(len, row)) for row in rows)
     tokens = torch.full((len(rows), width), pad)

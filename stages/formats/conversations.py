@@ -24,7 +24,7 @@ from typing import Any
 
 KINDS = ("prompt", "own", "recited", "result")
 SPLITS = ("train", "heldout")
-CALL = re.compile(r"<<([a-z]+)>>(?=\{)")
+CALL = re.compile(r"<<(?!result>>)([a-z]+)>>(?=\{)")
 RESULT_MARK = "<<result>>"
 
 Segment = tuple[str, str]  # kind, text

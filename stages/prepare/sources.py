@@ -7,9 +7,11 @@ import ast
 import gzip
 import itertools
 import json
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from registry.records import Benchmark, Dataset
 from stages.prepare import arithmetic
@@ -90,22 +92,54 @@ def _docstrings(path: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _hub_documents(entry: Dataset | Benchmark) -> Iterator[Document]:
+def read_rows(entry: Dataset | Benchmark) -> Iterator[dict[str, Any]]:
+    """The rows of a hub dataset, from its file below $NANOFOUNDRY_DATA where that is set.
+
+    Raises FileNotFoundError where it is set and the file is not there, and ConnectionError, saying
+    what else can be done, when the hub cannot be reached.
+    """
+    folder = os.environ.get("NANOFOUNDRY_DATA")
+    if folder and entry.source.file:
+        yield from _file_rows(Path(folder) / entry.source.file, entry.name)
+    else:
+        yield from _hub_rows(entry)
+
+
+def _file_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"dataset '{name}': {path} does not exist; put its rows there as JSON lines, or unset "
+            "NANOFOUNDRY_DATA to take them from the hub"
+        )
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            yield json.loads(line)
+
+
+def _hub_rows(entry: Dataset | Benchmark) -> Iterator[dict[str, Any]]:
     """Stream a hub dataset row by row; `datasets` resumes and verifies its own downloads."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     source = entry.source
     try:
-        rows = load_dataset(
+        yield from load_dataset(
             source.hub, source.config, split=source.split, revision=source.revision, streaming=True
         )
     except (ConnectionError, DatasetNotFoundError) as error:
+        copy = f", or set NANOFOUNDRY_DATA to a folder with {source.file}" if source.file else ""
+        skill = "leave it out of prepare.conversations"
+        advice = skill if source.conversations else "take --datasets offline"
         raise ConnectionError(
             f"dataset '{entry.name}' comes from the hub ({source.hub}), which cannot be reached or "
-            "does not show it to you; without a network take --datasets offline"
+            f"does not show it to you; without a network {advice}{copy}"
         ) from error
-    for number, row in enumerate(rows):
+
+
+def _hub_documents(entry: Dataset | Benchmark) -> Iterator[Document]:
+    """The rows of a hub dataset, each put into the entry's template."""
+    source = entry.source
+    for number, row in enumerate(read_rows(entry)):
         try:
             text = entry.text.format(**row)
         except (KeyError, IndexError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Prepare: documents in, clean token rows out.
+"""Prepare: documents in, clean token rows and conversations out.
 
 Steps:
   1. read every data set and every benchmark in use (Python packages, generators or the hub)
@@ -6,9 +6,11 @@ Steps:
   3. drop documents that share 13 words in a row with a benchmark
   4. split by document into train, calibration and held-out
   5. tokenise and pack into rows
+  6. make conversations that teach skills, and drop what is measured with (see skills.py)
 
 reads    registry/datasets.yaml, registry/benchmarks.yaml
 writes   tokens/SPLIT/SOURCE.npy, documents.jsonl (see stages/formats/tokens.py)
+         conversations/NAME.SPLIT.jsonl (see stages/formats/conversations.py)
 """
 
 from dataclasses import dataclass
@@ -33,6 +35,10 @@ class Params:
     train_rows: int
     calibration_rows: int
     heldout_rows: int
+    conversations: tuple[str, ...]
+    train_conversations: int
+    heldout_conversations: int
+    number_masking: bool
     seed: int
 
     def __post_init__(self) -> None:
@@ -40,14 +46,23 @@ class Params:
         require_at_least(16, row_tokens=self.row_tokens)
         require_at_least(
             1, train_rows=self.train_rows, calibration_rows=self.calibration_rows,
-            heldout_rows=self.heldout_rows,
+            heldout_rows=self.heldout_rows, train_conversations=self.train_conversations,
+            heldout_conversations=self.heldout_conversations,
         )  # fmt: skip
         require_within(0.3, 0.95, near_duplicate=self.near_duplicate)
         require_within(0.01, 0.4, heldout_share=self.heldout_share)
         require_within(0.01, 0.4, calibration_share=self.calibration_share)
         for name in self.datasets:
-            if lookup("datasets", name).modality != "text":
+            entry = lookup("datasets", name)
+            if entry.modality != "text":
                 raise ValueError(f"dataset '{name}' is not text; only text can be prepared so far")
+            if entry.teaches_by_conversations:
+                raise ValueError(
+                    f"dataset '{name}' is of conversations; name it in 'conversations'"
+                )
+        for name in self.conversations:
+            if not lookup("datasets", name).teaches_by_conversations:
+                raise ValueError(f"dataset '{name}' has no conversations; name it in 'datasets'")
         for name in self.benchmarks:
             lookup("benchmarks", name)
         lookup("teachers", self.tokenizer)
@@ -60,6 +75,7 @@ def run(params: Params, job: Job) -> Metrics:
     from stages.prepare.clean import clean, shared_shares
     from stages.prepare.collect import collect
     from stages.prepare.pack import pack_split, split_documents
+    from stages.prepare.skills import Wanted, prepare_skill
 
     raw, benchmarks = collect(
         params.datasets, params.benchmarks, params.sample_size, params.seed, job
@@ -86,6 +102,9 @@ def run(params: Params, job: Job) -> Metrics:
         metrics[f"{split}_tokens"] = sum(rows.size for rows in kept.values())
     write_documents(job.output, splits)
     write_tokenizer(job.output, params.tokenizer, tokenizer)
+    wanted = Wanted(params.train_conversations, params.heldout_conversations, params.seed)
+    for name in params.conversations:
+        metrics |= prepare_skill(name, wanted, params.number_masking, benchmarks, job)
     return metrics
 
 

@@ -43,7 +43,7 @@ def teach(capability: Capability, params: Params, job: Job) -> dict:
     from stages.forgetting import compare, require_kept, row_losses
     from stages.student import open_student
 
-    student = open_student(job)
+    student = open_student(job.input("distill"), job.inputs("profile"), job.input("prepare"))
     lesson, heldout = read_lesson(capability, params, job, student.tokenizer)
     general = student.heldout(params.general_text, params.heldout_rows)
     before = {

@@ -103,11 +103,11 @@ def _base64_of(hex_digits: str) -> str:
     return base64.urlsafe_b64encode(bytes.fromhex(hex_digits)).rstrip(b"=").decode()
 
 
-def test_what_is_tagged_offline_needs_no_hub_and_the_rest_does() -> None:
+def test_texts_tagged_offline_need_no_hub_and_the_rest_do() -> None:
+    """`--datasets offline` is for texts; conversations are another list."""
     for entry in [*every("datasets"), *every("benchmarks")]:
-        assert ("offline" in entry.tags) == (entry.source.hub is None), entry.name
-    for teacher in every("teachers"):
-        assert ("offline" in teacher.tags) == (teacher.package is not None), teacher.name
+        is_text_of_ours = entry.source.hub is None and entry.source.conversations is None
+        assert ("offline" in entry.tags) == is_text_of_ours, entry.name
 
 
 def test_every_text_template_names_the_columns_it_reads() -> None:

@@ -1,0 +1,238 @@
+"""A model like Llama as a few packed matrices and a short forward, made for decoding on a CPU.
+
+Like Llama: blocks of RMSNorm, attention by q, k, v, o with rotary positions, RMSNorm, gated MLP;
+biases or not, and every block may have its own number of heads and neurons. Parts are found by
+their names in the block, never by the model's family, and the whole is tried against the model's
+own forward on a few tokens: what has another formula somewhere (Gemma's norms, Granite's factors)
+gives other logits and is refused, as are sliding windows and positions that depend on the length.
+
+half_weights: a float32 model's matrices are rounded to float16, the arithmetic stays in float32
+(products.py). The log-probabilities of answers are those of the rounded weights, which did draw the
+tokens; for SmolLM2 they are within 0.02 of the model's own, on average 0.001.
+
+Letters: N tokens, D hidden width, H query heads, K key/value heads, C size of a head, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, rms_norm
+from transformers import PreTrainedModel
+
+from modeling.blocks import Anatomy, dissect
+from runtime.generation.products import Part, Product, pack, packing_for
+
+ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+STEADY_ROTARY = ("default", "linear", "llama3", "yarn")  # the same at every length
+PROBE = [5, 3, 8, 1, 9, 2, 7]  # token ids; only their variety matters
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+# (block index, q (N, H, C), k (N, K, C), v (N, K, C)) -> (N, H, C)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class NotPackable(Exception):
+    """Why a model is not decoded from packed weights."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm."""
+
+    weight: Tensor  # (D,)
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of (N, D)."""
+        return rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """What a block computes with."""
+
+    norms: tuple[Norm, Norm]
+    qkv: Product
+    o: Product
+    gate_up: Product
+    down: Product
+    activation: nn.Module
+    heads: int  # H
+    kv_heads: int  # K
+
+
+class PackedModel:
+    """A model's packed weights, and its forward but for attention, which knows of rows."""
+
+    def __init__(self, model: PreTrainedModel, half_weights: bool) -> None:
+        """Pack a model. Raises NotPackable, saying why, for one that is not like Llama."""
+        if model.device.type != "cpu":
+            raise NotPackable(f"packed weights are for a CPU, and the model is on {model.device}")
+        self._model = model
+        self._anatomy = _anatomy(model)
+        self._rotary = _rotary_of(model)
+        self._packing = packing_for(model.dtype, half_weights)
+        self._refuse_windows()
+        with torch.no_grad():
+            self._pack("plain")
+            self._try()
+            self.refresh()
+
+    @property
+    def description(self) -> str:
+        """What the weights are packed as, in words."""
+        return f"from weights packed for a CPU ({self._packing}, {self._model.dtype} arithmetic)"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of hidden states, keys and values."""
+        return self._model.dtype
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Pack the matrices as they are now; the embedding and the norms are the model's own."""
+        self._pack(self._packing)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states behind the last block: (N,), (N,) -> (N, D)."""
+        x = embedding(tokens, self._embedding)
+        cos, signed_sin = self._angles(positions, x)
+        for index, block in enumerate(self.blocks):
+            rotated = block.heads + block.kv_heads
+            qkv = block.qkv(block.norms[0](x)).unflatten(-1, (-1, self.head_size))
+            qk = rotate(qkv[:, :rotated], cos, signed_sin)
+            mixed = attend(index, qk[:, : block.heads], qk[:, block.heads :], qkv[:, rotated:])
+            x = x + block.o(mixed.flatten(1))
+            gate, up = block.gate_up(block.norms[1](x)).chunk(2, -1)
+            x = x + block.down(block.activation(gate).mul_(up))
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V)."""
+        return self._head(self._norm(hidden))
+
+    def _pack(self, packing: str) -> None:
+        """Take the model's weights, one block after the other, so that no second copy is whole."""
+        anatomy = self._anatomy
+        self._embedding = self._model.get_input_embeddings().weight.detach()
+        config = self._model.config.get_text_config()
+        heads = config.num_attention_heads
+        self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self._norm = _norm(anatomy.norm)
+        self._head = pack([_part(anatomy.head)], packing)
+        kept = getattr(self, "blocks", [None] * len(anatomy.blocks))
+        self.blocks: list[PackedBlock] = kept
+        for index, block in enumerate(anatomy.blocks):
+            kept[index] = _pack_block(block, self.head_size, packing)
+
+    def _refuse_windows(self) -> None:
+        config = self._model.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        context = getattr(config, "max_position_embeddings", None)
+        if window is not None and (context is None or window < context):
+            raise NotPackable(f"attention sees a window of {window} tokens")
+
+    def _angles(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of positions (N,): (N, 1, C) each."""
+        cos, sin = self._rotary(x, positions[None])
+        half = sin.shape[-1] // 2
+        signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        return cos[0, :, None], signed[0, :, None]
+
+    def _try(self) -> None:
+        """Raises NotPackable unless a few tokens get the model's own logits."""
+        tokens = torch.tensor(PROBE).remainder(len(self._embedding))
+        hidden = self.forward(tokens, torch.arange(len(tokens)), _causal)
+        training = self._model.training
+        own = self._model.eval()(tokens[None], use_cache=False).logits[0].float()
+        self._model.train(training)
+        error = (self.logits(hidden).float() - own).norm() / own.norm()
+        if not error <= TOLERANCES.get(self.dtype, 0.0):
+            raise NotPackable(
+                f"{type(self._model).__name__} computes something else than a Llama does: on "
+                f"{len(PROBE)} tokens the logits are {error:.1g} apart"
+            )
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Turn each head (N, H, C) by its position: dimension i with i + C/2 (Su 2021, as in Llama)."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
+    return torch.addcmul(x * cos, swapped, signed_sin)
+
+
+def _causal(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention among the tokens of one prompt."""
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    return attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+
+def _anatomy(model: PreTrainedModel) -> Anatomy:
+    try:
+        return dissect(model)
+    except ValueError as error:
+        raise NotPackable(str(error)) from error
+
+
+def _rotary_of(model: PreTrainedModel) -> nn.Module:
+    """The module that gives cosines and sines of positions."""
+    found = [m for m in model.get_decoder().children() if "Rotary" in type(m).__name__]
+    if len(found) != 1:
+        raise NotPackable(f"{type(model).__name__} has {len(found)} rotary embeddings, not one")
+    kind = getattr(found[0], "rope_type", "unknown")
+    if kind not in STEADY_ROTARY:
+        raise NotPackable(f"rotary positions are of the type '{kind}'")
+    return found[0]
+
+
+def _pack_block(block: nn.Module, head_size: int, packing: str) -> PackedBlock:
+    """Pack a block. Raises NotPackable, naming what is missing or too many."""
+    named = {name.rpartition(".")[2]: module for name, module in block.named_modules()}
+    if missing := [role for role in ROLES if role not in named]:
+        raise NotPackable(f"{type(block).__name__} has no {', '.join(missing)}")
+    norms = [m for m in block.children() if type(m).__name__.endswith("RMSNorm")]
+    if len(norms) != 2:
+        raise NotPackable(f"{type(block).__name__} has {len(norms)} RMSNorms, not two")
+    parts = {role: _part(named[role]) for role in ROLES}
+    sizes = {role: len(weight) for role, (weight, _) in parts.items()}
+    activation = getattr(named.get("mlp"), "act_fn", None)
+    if activation is None:
+        raise NotPackable(f"{type(block).__name__} has no mlp with an act_fn")
+    return PackedBlock(
+        norms=(_norm(norms[0]), _norm(norms[1])),
+        qkv=pack([parts[role] for role in ("q_proj", "k_proj", "v_proj")], packing),
+        o=pack([parts["o_proj"]], packing),
+        gate_up=pack([parts[role] for role in ("gate_proj", "up_proj")], packing),
+        down=pack([parts["down_proj"]], packing),
+        activation=activation,
+        heads=sizes["q_proj"] // head_size,
+        kv_heads=sizes["k_proj"] // head_size,
+    )
+
+
+def _part(module: nn.Module) -> Part:
+    """The weight and bias of a linear layer, an adapter's among them if it is merged.
+
+    Raises ValueError for an adapter (PEFT's) that is not: its product would be left out.
+    """
+    if hasattr(module, "get_base_layer"):
+        if not module.merged and not module.disable_adapters:
+            raise ValueError(
+                f"adapters {', '.join(module.active_adapters)} are not merged into the weights; "
+                "call merge_adapter() before, and unmerge_adapter() behind"
+            )
+        module = module.get_base_layer()
+    if not isinstance(module, nn.Linear):
+        raise NotPackable(f"{type(module).__name__} is no linear layer")
+    return module.weight, module.bias
+
+
+def _norm(norm: nn.Module) -> Norm:
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    weight = getattr(norm, "weight", None)
+    if weight is None or epsilon is None:
+        raise NotPackable(f"{type(norm).__name__} is no RMSNorm with a weight and an epsilon")
+    return Norm(weight.detach(), epsilon)

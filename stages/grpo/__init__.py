@@ -1,0 +1,1 @@
+"""Reinforce what a skill gets right: group relative policy optimisation."""

@@ -1,0 +1,133 @@
+"""Group relative policy optimisation: reinforce what a skill gets right, with live tools.
+
+Steps:
+  1. go on from the adapter of toolformer; it is also the reference that the policy stays near to
+  2. each step: some answers to each of some problems, drawn from the policy, with tools that run;
+     rewards that code checks; advantages within each group; one clipped update (rollouts.py,
+     policy.py)
+  3. now and then, greedily: a fixed set of problems from templates that nothing learns from
+  4. keep the policy, or revert to the adapter of step 1 and say so: when fewer probes are right
+     than the interval of before allows for, or general text was forgotten
+
+reads    prepare      problems with answers; held-out rows of general text
+         profile      subspaces, to measure drift in
+         distill      the student
+         toolformer   the adapter to go on from
+writes   CAPABILITY/    a PEFT adapter of the student
+         grpo.json      probes, and why the policy was kept or not
+"""
+
+import json
+from dataclasses import asdict
+
+from stages.contract import Job, Metrics, Stage
+from stages.grpo.params import Params
+
+BATCH_ROWS = 4  # of general text, where it is only measured
+
+
+def run(params: Params, job: Job) -> Metrics:
+    """Reinforce, measure, decide; see the module's steps."""
+    from runtime.tools.dispatch import Tools
+
+    from modeling.lora import keep_reference, merged, open_adapted, save_adapter
+    from runtime.generation.engine import Engine
+    from stages.forgetting import compare, row_losses
+    from stages.grpo.policy import Policy
+    from stages.grpo.reinforcement import Reinforcement
+    from stages.probing import why_not
+    from stages.problems import open_problems
+    from stages.student import open_student
+
+    student = open_student(job.input("distill"), job.inputs("profile"), job.input("prepare"))
+    problems = open_problems(job.input("prepare"), params.conversations, params.probe_problems)
+    general = student.heldout(params.general_text, params.heldout_rows)
+    before = row_losses(student.model, general, BATCH_ROWS)
+    start = job.input("toolformer") / params.capability
+    adapted = open_adapted(student.model, start, trains=True)
+    keep_reference(adapted, start)
+    policy = Policy(adapted, student.tokenizer.eos_token_id, params.most_tokens, params.temperature)
+    state = job.resume(Reinforcement(policy, params))
+    coach = make_coach(params, student)
+    with Tools(log=job.folder / "calls.jsonl") as tools:
+        job.say(f"tools: {tools.level}")
+        with merged(adapted) as model:
+            engine = Engine(model, student.tokenizer, tools)
+        job.say(f"answers: {engine.path}")
+        reinforce(state, coach, engine, problems, params, job)
+    with merged(adapted) as model:
+        forgetting = compare(before, row_losses(model, general, BATCH_ROWS))
+        drift = student.drift(model, general[:BATCH_ROWS])
+    reason = why_not(
+        state.probes[0], state.probes[-1], forgetting, params.forgetting, params.general_text
+    )
+    job.say(f"the adapter of toolformer stays: {reason}" if reason else "the policy is kept")
+    kept = open_adapted(student.untouched, start) if reason else adapted
+    save_adapter(kept, job.output / params.capability, job.folder / "start")
+    facts = {
+        "reverted": reason,
+        "probes": [{**vars(probe), "share": str(probe.share)} for probe in state.probes],
+        "general": asdict(forgetting),
+        "drift": drift,
+    }
+    (job.output / "grpo.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    first, last = state.probes[0], state.probes[-1]
+    return {
+        "kept": float(reason is None),
+        "probe_right_before": round(first.share.value, 6),
+        "probe_right": round(last.share.value, 6),
+        "probe_own_tokens_before": round(first.own_tokens, 4),
+        "probe_own_tokens": round(last.own_tokens, 4),
+        "perplexity_ratio": round(forgetting.ratio, 6),
+        **({"drift": round(max(drift.values()), 6)} if drift else {}),
+    }
+
+
+def make_coach(params: Params, student):
+    """What answers are drawn by and rewarded with."""
+    from modeling.loading import locate, open_model, open_tokenizer
+    from runtime.generation.answers import Sampling
+    from stages.grpo.judge import FrozenJudge
+    from stages.grpo.rewards import make_rewards
+    from stages.grpo.rollouts import Coach, token_counter
+
+    weights = {name: weight for name, weight in vars(params.rewards).items() if weight}
+    judge = None
+    if params.judge:
+        place = locate(params.judge)
+        judge = FrozenJudge(open_model(place), open_tokenizer(place))
+    count = token_counter(student.tokenizer)
+    rewards = make_rewards(weights, count, params.max_own_tokens, judge)
+    sampling = Sampling(
+        params.temperature, params.top_p, params.max_own_tokens, params.max_calls, params.seed
+    )
+    return Coach(student.tokenizer, sampling, params.candidates, rewards, weights, params.loss)
+
+
+def reinforce(state, coach, engine, problems, params: Params, job: Job) -> None:
+    """All steps that are left."""
+    from modeling.lora import merged
+    from stages.probing import ask
+
+    adapted = state.policy.adapted
+
+    def probe() -> None:
+        most = params.max_own_tokens, params.max_calls
+        state.probes.append(ask(engine, adapted, problems.probes, state.step, *most))
+        job.say(f"step {state.step}: {state.probes[-1].share} of the probes are right")
+
+    if not state.probes:
+        probe()
+    while state.step < params.steps:
+        with merged(adapted):
+            engine.refresh()
+            chosen = problems.draw(state.step, params.prompts, params.seed)
+            traces, seen = coach.roll_out(engine, chosen, state.step)
+        seen |= state.learn(traces)
+        if state.step % params.probe_every == 0 or state.step == params.steps:
+            probe()
+            seen |= {"probe_right": state.probes[-1].share.value}
+        job.step_done(state, state.step, params.steps, **seen)
+
+
+STAGE = Stage("grpo", Params, run)

@@ -1,0 +1,41 @@
+"""Traces: what a model that uses tools well would have written, made from known results.
+
+No tool runs here. A result is computed by other means, so that what is learnt is right even where
+a tool is not.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stages.formats.conversations import RESULT_MARK, Segment
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call and what leads to it.
+
+    said: own text before the call.  tool: its name.  arguments: of the call.  result: JSON value.
+    """
+
+    said: str
+    tool: str
+    arguments: dict[str, Any]
+    result: Any
+
+
+def trace(prompt: str, steps: Sequence[Step], closing: str) -> tuple[Segment, ...]:
+    """The segments of a prompt, calls with their results, and the own text that closes."""
+    segments: list[Segment] = [("prompt", prompt)]
+    for step in steps:
+        call = f"<<{step.tool}>>{json.dumps(step.arguments, ensure_ascii=False)}"
+        segments.append(("own", step.said + call))
+        value = json.dumps(step.result, ensure_ascii=False)
+        segments.append(("result", f"{RESULT_MARK}{value}\n"))
+    return (*segments, ("own", closing))
+
+
+def final(answer: object) -> str:
+    """The line that ends an answer."""
+    return f"FINAL: {answer}"

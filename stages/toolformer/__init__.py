@@ -1,0 +1,1 @@
+"""Let the model find out itself where a call helps: Toolformer."""

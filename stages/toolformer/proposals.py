@@ -1,0 +1,157 @@
+"""Where a call might help, and which: Toolformer's steps 1 and 2 (Schick 2023, section 2).
+
+A text is a request and a reply without calls. Before each token of the reply the model is asked how
+likely it would begin a call there; at the likeliest places it writes some, and they are run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling.token_log_probs import token_log_probs
+from runtime.generation.answers import Sampling
+from runtime.generation.engine import Engine
+from runtime.prompt import inserted_tokens, prompt_tokens
+from runtime.tools.calls import Call, ToolResult, find_call
+from stages.formats.conversations import Conversation
+from stages.supervision import Example, alike, make_rows
+
+
+@dataclass(frozen=True)
+class Text:
+    """A conversation without calls, in tokens. starts: of each reply token, in characters."""
+
+    conversation: Conversation
+    prompt: tuple[int, ...]
+    reply: tuple[int, ...]
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> "Text":
+        """Tokenise it; raises ValueError for one with a call."""
+        if any(kind == "result" for kind, _ in conversation.segments):
+            raise ValueError(
+                f"conversation '{conversation.id}' has calls already; 'texts' are replies without"
+            )
+        encoded = tokenizer(
+            conversation.reply, add_special_tokens=False, return_offsets_mapping=True
+        )
+        starts = tuple(start for start, _ in encoded["offset_mapping"])
+        prompt = prompt_tokens(conversation.prompt, tokenizer)
+        return cls(conversation, tuple(prompt), tuple(encoded["input_ids"]), starts)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Before which token of a reply a call might stand, and how likely the model begins one."""
+
+    text: int
+    token: int
+    tool: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A call at a place, and what the tool gave."""
+
+    place: Place
+    call: Call
+    result: ToolResult
+
+
+def opening(tool: str) -> str:
+    """How a call of a tool begins."""
+    return f"<<{tool}>>"
+
+
+def log_probs_of(
+    model: PreTrainedModel, examples: Sequence[Example], pad: int, most_tokens: int
+) -> list[Tensor]:
+    """The log-probabilities of each example's counted tokens, (counted,) each, in order."""
+    found: dict[int, Tensor] = {}
+    numbered = {id(example): place for place, example in enumerate(examples)}
+    head = model.get_output_embeddings().weight
+    for group in alike(examples, most_tokens):
+        rows = make_rows([[example] for example in group], pad)
+        hidden = model.base_model(rows.tokens, use_cache=False).last_hidden_state[:, :-1]
+        counted = rows.counted[:, 1:]
+        values, _ = token_log_probs(
+            hidden[counted].to(head.dtype), head, rows.tokens[:, 1:][counted]
+        )
+        parts = values.split([sum(example.counted) for example in group])
+        found |= {numbered[id(example)]: part for example, part in zip(group, parts, strict=True)}
+    return [found[place] for place in range(len(examples))]
+
+
+@torch.no_grad()
+def find_places(
+    model: PreTrainedModel,
+    text: Text,
+    number: int,
+    tools: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    most: int,
+    least: float,
+) -> list[Place]:
+    """The `most` likeliest places of a text for each tool, of at least probability `least`.
+
+    A place's probability is that of the whole opening, of which a forward pass gives the first
+    token's; the rest of it follows almost surely in a model that was taught the form.
+    """
+    tokens = torch.tensor([text.prompt + text.reply])
+    hidden = model.base_model(tokens, use_cache=False).last_hidden_state[0]
+    head = model.get_output_embeddings().weight
+    before = hidden[len(text.prompt) - 1 : -1].to(head.dtype)  # the state before each reply token
+    found = []
+    for tool in tools:
+        first = inserted_tokens(opening(tool), tokenizer)[0]
+        chosen = torch.full((len(before),), first)
+        probabilities = token_log_probs(before, head, chosen)[0].exp()
+        values, places = probabilities.topk(min(most, len(probabilities)))
+        found += [
+            Place(number, token, tool, value)
+            for value, token in zip(values.tolist(), places.tolist(), strict=True)
+            if value >= least
+        ]
+    return found
+
+
+def propose(
+    engine: Engine,
+    texts: Sequence[Text],
+    places: Sequence[Place],
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    tries: int,
+) -> tuple[list[Proposal], int]:
+    """Let the model write calls at places and run them; and how many were written at all.
+
+    Different calls alone count, and those whose tool gave a result.
+    """
+    prompts = []
+    for place in places:
+        text = texts[place.text]
+        begun = inserted_tokens(opening(place.tool), tokenizer)
+        prompts.append([*text.prompt, *text.reply[: place.token], *begun])
+    written = 0
+    wanted: list[tuple[Place, Call]] = []
+    for place, answers in zip(
+        places, engine.answer(prompts, tries, replace(sampling, max_calls=0)), strict=True
+    ):
+        calls = {}
+        for answer in answers:
+            call = find_call(opening(place.tool) + answer.text)
+            if isinstance(call, Call):
+                calls[call.text] = call
+        written += len(answers)
+        wanted += [(place, call) for call in calls.values()]
+    results = engine.tools.run_all([call for _, call in wanted])
+    return [
+        Proposal(place, call, result)
+        for (place, call), result in zip(wanted, results, strict=True)
+        if result.ok
+    ], written
