@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/four_bit.py --rows artifacts/prepare --text python-docs
 
 Opens a teacher of the registry, writes it by modeling/four_bit.py with some sizes of groups, opens
-that, and compares: bytes of the weights (against bfloat16's), the perplexity of held-out rows (mean of
-token losses, against the model's own in the type that is computed in), and tokens a second of
-greedy decoding through transformers' generate, in turns; medians, CPU-seconds of one thread.
+that, and compares bytes (against bfloat16), the perplexity of held-out rows (against the model's
+own), and tokens a second of greedy decoding by transformers' generate. Decoding takes turns;
+figures are medians, CPU-seconds of one thread.
 """
 
 import argparse
@@ -76,8 +76,8 @@ def main(arguments: list[str]) -> int:
         ]
         plain, four = (median(column) for column in zip(*times, strict=True))
         print(
-            f"groups of {group}: {size / 1e6:.1f} MB ({whole / size:.2f} times smaller), perplexity "
-            f"x {ratio:.4f}, decoding {1 / four:.1f} tokens/s against {1 / plain:.1f} "
+            f"groups of {group}: {size / 1e6:.1f} MB ({whole / size:.2f} times smaller), "
+            f"perplexity x {ratio:.4f}, decoding {1 / four:.1f} tokens/s against {1 / plain:.1f} "
             f"({median(a / b for a, b in times):.2f} times)", flush=True,
         )  # fmt: skip
     return 0

@@ -1,12 +1,12 @@
 """Keep a finished model's weights in four bits, and run it from them on a CPU.
 
-    write_four_bit(model, folder, FourBit(group=64))     config.json, weights.safetensors, four_bit.json
-    model = open_four_bit(folder)                        forward and generate() as before
+    write_four_bit(model, folder, FourBit(group=64))   config.json, weights.safetensors, ...
+    model = open_four_bit(folder)                      forward and generate() as before
 
 A linear layer inside the blocks is stored as codes of 4 bits, with a scale and an offset for each
-group of neighbours in a row: 4.5 bits a weight with groups of 64. The range of a group is the one, of
-some shrunk ones, that leaves the least squared error. The embedding, and the head that is tied to
-it, keep 8 bits with a scale a row. All else stays as it is: norms, convolutions, Mamba's dt_proj
+group of neighbours in a row: 4.5 bits a weight with groups of 64. The range of a group is the one,
+of some shrunk ones, that leaves the least squared error. The embedding, and the head that is tied
+to it, keep 8 bits with a scale a row. All else stays as it is: norms, convolutions, Mamba's dt_proj
 (a bare matrix), a mixture of experts, layers whose sizes do not fit.
 
 Few rows at a time, as in decoding, are multiplied by torch's own 4-bit and 8-bit products, which

@@ -110,8 +110,13 @@ def _targets(model: PreTrainedModel, shape: AdapterShape) -> list[str]:
 
 
 def trainable(adapted: Adapted) -> list[tuple[str, nn.Parameter]]:
-    """What an adapter learns, by name."""
+    """What is learnt, by name: adapters, and experts that were put on after them."""
     return [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
+
+
+def adapters_of(named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    """Those of some named parameters that are adapters'."""
+    return [(name, p) for name, p in named if ".lora_" in name]
 
 
 def check_learning(named: Iterable[tuple[str, nn.Parameter]]) -> None:

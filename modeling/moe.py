@@ -1,14 +1,14 @@
 """A mini mixture of experts behind one block: each token is computed by one of some small FFNs.
 
-    experts = add_experts(model, ExpertsShape(12, 2, 32, 0.7), tokens, seed=0)
+    experts = add_experts(model, ExpertsShape(12, 2, 32, 0.7, 0.01), tokens, seed=0)
     model(...)                             # the model's own forward, with a branch after block 12
-    loss + 0.01 * experts.load_balance()   # read once after each forward pass
+    loss + balance_loss(model)             # read once after each forward pass; 0 without experts
     save_experts(experts, folder)          # experts.safetensors and experts.json
     open_experts(stock_model, folder)      # on the model it was made for; no code in the folder
 
 For a token with the hidden state h behind the block, x = h / rms(h), and with e = argmax p,
 
-    p = softmax((W x + b) / temperature)       h <- h + p_e V_e relu(U_e x)       (Switch, Fedus 2021)
+    p = softmax((W x + b) / temperature)    h <- h + p_e V_e relu(U_e x)    (Switch, Fedus 2021)
 
 V starts at zero, so that a new branch changes nothing; b starts so that W x + b is 0 on average:
 states of a trained model have so much in common that W alone would send all tokens to one expert.
@@ -46,15 +46,17 @@ class IdleExpert(RuntimeError):
 
 @dataclass(frozen=True)
 class ExpertsShape:
-    """Where a mixture stands and how large it is.
+    """Where a mixture stands, how large it is, and how it is trained.
 
     after_block: how many blocks come before it, from 1.  units: of an expert's hidden layer.
+    balance: weight of the load-balance loss (Switch: 0.01).
     """
 
     after_block: int
     experts: int
     units: int
     temperature: float
+    balance: float
 
     def __post_init__(self) -> None:
         for name, least in (("after_block", 1), ("experts", 2), ("units", 1)):
@@ -142,6 +144,12 @@ def load_balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
     experts = probabilities.shape[-1]
     share = torch.bincount(chosen, minlength=experts).to(probabilities.dtype) / len(chosen)
     return experts * (share * probabilities.mean(0)).sum()
+
+
+def balance_loss(model: nn.Module, real: Tensor | None = None) -> Tensor | float:
+    """What a model's mixture adds to the loss of its last forward pass; 0 without a mixture."""
+    experts = find_experts(model)
+    return 0.0 if experts is None else experts.shape.balance * experts.load_balance(real)
 
 
 def add_experts(

@@ -14,6 +14,7 @@ from modeling.moe import (
     IdleExpert,
     TopOneExperts,
     add_experts,
+    balance_loss,
     check_routing,
     find_experts,
     load_balance_loss,
@@ -24,7 +25,7 @@ from modeling.moe import (
 from tests.tiny import tiny_llama, tiny_mamba
 
 TOKENS = torch.arange(48).view(2, 24) * 5 % 97
-SHAPE = ExpertsShape(after_block=2, experts=2, units=8, temperature=0.7)
+SHAPE = ExpertsShape(after_block=2, experts=2, units=8, temperature=0.7, balance=0.01)
 MAKERS = [tiny_mamba, tiny_llama]
 
 
@@ -49,7 +50,7 @@ def test_a_gradient_reaches_both_experts_and_the_router_at_once(make) -> None:
     model = make()
     experts = add_experts(model, SHAPE, TOKENS, seed=0)
     loss = model(TOKENS, labels=TOKENS, use_cache=False).loss
-    (loss + 0.01 * experts.load_balance()).backward()
+    (loss + balance_loss(model)).backward()
     check_routing(experts)
     assert all(gradient.any() for gradient in experts.down.grad)
     assert experts.router.grad.any()
@@ -157,7 +158,7 @@ def test_a_token_gets_its_expert_times_the_routers_probability() -> None:
 
 def test_a_lower_temperature_decides_the_same_more_firmly() -> None:
     x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
-    firm, soft = (TopOneExperts(ExpertsShape(1, 2, 4, t), 32) for t in (0.35, 0.7))
+    firm, soft = (TopOneExperts(ExpertsShape(1, 2, 4, t, 0.01), 32) for t in (0.35, 0.7))
     firm.load_state_dict(soft.state_dict())
     firm, soft, x = firm.double(), soft.double(), x.double()
     (p, which), (q, same) = (one.probabilities(x).max(-1) for one in (firm, soft))
@@ -194,9 +195,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has a mixture of experts already"):
         open_experts(model, tmp_path)
     with pytest.raises(ValueError, match="'experts' of a mixture of experts is 1; it must be at"):
-        ExpertsShape(1, 1, 8, 0.7)
+        ExpertsShape(1, 1, 8, 0.7, 0)
     with pytest.raises(ValueError, match="'temperature' is 0"):
-        ExpertsShape(1, 2, 8, 0)
+        ExpertsShape(1, 2, 8, 0, 0)
 
 
 @pytest.mark.parametrize("make", MAKERS)
