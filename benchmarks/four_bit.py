@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/four_bit.py --rows artifacts/prepare --text python-docs
 
-Opens a teacher of the registry, writes it by modeling/four_bit.py with some sizes of groups, opens
+Opens a model, writes it by modeling/four_bit.py with some sizes of groups, opens
 that, and compares bytes (against bfloat16), the perplexity of held-out rows (against the model's
 own), and tokens a second of greedy decoding by transformers' generate. Decoding takes turns;
 figures are medians, CPU-seconds of one thread.
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modeling.four_bit import WEIGHTS, FourBit, open_four_bit, write_four_bit
-from modeling.loading import locate, open_model
+from modeling.loading import find_anywhere, open_model
 from stages.formats.tokens import read_rows
 
 
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", default="smollm2-135m")
+    parser.add_argument("--model", default="smollm2-135m", help="name, folder or GGUF file")
     parser.add_argument("--rows", type=Path, default=Path("artifacts/prepare"))
     parser.add_argument("--text", default="python-docs")
     parser.add_argument("--count", type=int, default=16, help="held-out rows")
@@ -55,12 +55,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    model = open_model(locate(options.teacher))
+    model = open_model(find_anywhere(options.model))
     rows = torch.from_numpy(read_rows(options.rows, "heldout")[options.text])[: options.count]
     rows = rows.long()
     whole = sum({id(p): 2 * p.numel() for p in model.parameters()}.values())
     own = loss(model, rows)
-    print(f"{options.teacher}: {whole / 1e6:.1f} MB in bfloat16, perplexity {math.exp(own):.3f}")
+    print(f"{options.model}: {whole / 1e6:.1f} MB in bfloat16, perplexity {math.exp(own):.3f}")
     for group in options.groups:
         with tempfile.TemporaryDirectory() as folder:
             write_four_bit(model, Path(folder), FourBit(group))
