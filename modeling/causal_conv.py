@@ -23,8 +23,10 @@ def causal_conv1d(
     activation: str | None = None,
     **_: object,
 ) -> Tensor:
-    """What transformers' causal_conv1d_fn gives, (B, D, L). Raises ValueError for another
-    activation than SiLU."""
+    """What transformers' causal_conv1d_fn gives, (B, D, L).
+
+    Raises ValueError for another activation than SiLU.
+    """
     if activation not in ("silu", "swish"):
         raise ValueError(f"causal_conv1d is made for silu, not for the activation '{activation}'")
     mixed = _ConvSilu.apply(hidden_states.mT.to(weight.dtype), weight, bias)
