@@ -3,10 +3,10 @@
     .venv/bin/python benchmarks/scan.py --tokens 128 256 512 --repeats 5
 
 transformers' own loop, `fast_scan` (modeling/scan.py), the whole `fast_path` that stages train with
-(RMSNorm, too), and mambapy's parallel scan where that package can be imported (it is no part of the project: pip install --no-deps --target FOLDER
-mambapy, then PYTHONPATH=FOLDER). Blocks of mamba-130m's sizes with random weights and a small
-vocabulary. The ways take turns; figures are CPU-seconds of one thread, medians; ratios are medians
-of each round's.
+(RMSNorm, too), and mambapy's parallel scan where that package can be imported (it is no part of the
+project: pip install --no-deps --target FOLDER mambapy, then PYTHONPATH=FOLDER). Blocks of
+mamba-130m's sizes with random weights and a small vocabulary. The ways take turns; figures are
+CPU-seconds of one thread, medians; ratios are medians of each round's.
 """
 
 import argparse
