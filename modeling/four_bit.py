@@ -1,10 +1,10 @@
 """Keep a finished model's weights in four bits, and run it from them on a CPU.
 
-    write_four_bit(model, folder, FourBit(group=64))   config.json, weights.safetensors, ...
+    write_four_bit(model, folder, FourBit(group=32))   config.json, weights.safetensors, ...
     model = open_four_bit(folder)                      forward and generate() as before
 
 A linear layer inside the blocks is stored as codes of 4 bits, with a scale and an offset for each
-group of neighbours in a row: 4.5 bits a weight with groups of 64. The range of a group is the one,
+group of neighbours in a row: 5 bits a weight with groups of 32. The range of a group is the one,
 of some shrunk ones, that leaves the least squared error. The embedding, and the head that is tied
 to it, keep 8 bits with a scale a row. All else stays as it is: norms, convolutions, Mamba's dt_proj
 (a bare matrix), a mixture of experts, layers whose sizes do not fit.
@@ -13,6 +13,11 @@ Few rows at a time, as in decoding, are multiplied by torch's own 4-bit and 8-bi
 are vectorised in bfloat16 alone; more rows, as of a prompt, by the weight unpacked for the moment.
 No dependency: bitsandbytes' NF4 unpacks the weight for each token, 6 times as long as torch's
 product (0.83 against 0.14 ms for 1536 x 576 on one AVX2 core), and torchao calls the same one.
+
+Measured on one AVX2 core: a student of SmolLM2, distilled, with groups of 32 takes 88 MB (bfloat16
+248), decodes 1.33 times as fast as in float32, and its perplexity is 1.24 times its own. Small
+models lose much by four bits. The teacher itself loses nothing (1.0002): its published weights have
+four bits in groups of 32 already, and groups of 64 tear those (1.30).
 
 Letters: O rows and I columns of a weight, G groups a row, N tokens.
 """

@@ -17,8 +17,8 @@ before each piece is kept; the backward pass makes the piece's states again. Wit
 Letters: B rows, L tokens, D inner width, N state size.
 
 Two blocks of mamba-130m, a row of 256 tokens, forward and backward on one core that other work
-shares: 0.35 to 0.40 CPU-seconds; transformers 4.6 (11.6 to 13.4 times; benchmarks/scan.py). Of that, 0.2 are
-matrix products, at 60 GFLOP/s; each block's scan takes 0.05, its convolution 0.01.
+shares: 0.35 to 0.40 CPU-seconds; transformers 4.6 (11.6 to 13.4 times; benchmarks/scan.py). Of
+that, 0.2 are matrix products, at 60 GFLOP/s; a block's scan takes 0.05, its convolution 0.01.
 """
 
 import contextlib
