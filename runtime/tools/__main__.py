@@ -53,7 +53,7 @@ def in_words(failure: BaseException) -> str:
     lines = [line for frame, line in walked if frame.f_code.co_filename == "<program>"]
     place = f" (line {lines[-1]})" if lines else ""
     text = message if kind in _PLAIN else f"{kind}: {message}" if message else kind
-    return text[:LONGEST_ERROR] + place
+    return text[:LONGEST_ERROR].encode(errors="replace").decode() + place
 
 
 def main(settings: dict[str, Any], answer: Answer = answer) -> None:

@@ -70,7 +70,7 @@ class Tools:
     def __enter__(self) -> Self:
         if self._log_path is not None:
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = self._log_path.open("a", encoding="utf-8")
+            self._log = self._log_path.open("a", encoding="utf-8", errors="backslashreplace")
         for group in SERVERS:
             self._start(group)
         return self

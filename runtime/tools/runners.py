@@ -93,6 +93,8 @@ RUNNERS: dict[str, Runner] = {
 def cut(value: Any, most: int) -> tuple[Any, bool]:
     """A value whose JSON has at most `most` characters; a longer one as the start of its text."""
     text = json.dumps(value, ensure_ascii=False)
+    if not text.isascii():  # half of a surrogate pair is no text that can be written anywhere
+        value = json.loads(text.encode(errors="replace"))
     if len(text) <= most:
         return value, False
     start = (value if isinstance(value, str) else text)[: most // 2]
