@@ -29,11 +29,11 @@ madvise mmap mprotect mremap munmap read rt_sigaction rt_sigprocmask rt_sigretur
 sigaltstack write""".split()
 COMMANDS = (
     COMPUTE
-    + """access arch_prctl copy_file_range dup dup2 dup3 execve faccessat faccessat2 fadvise64 fcntl
-fstat fstatfs ftruncate getcwd getdents64 getegid geteuid getgid getuid lseek lstat mkdir mkdirat
-newfstatat open openat poll ppoll pread64 prlimit64 readlink readlinkat rename renameat renameat2
-rmdir rseq sched_getaffinity set_robust_list set_tid_address stat statfs statx sysinfo umask uname
-unlink unlinkat utimensat writev""".split()
+    + """access arch_prctl chdir copy_file_range dup dup2 dup3 execve faccessat faccessat2
+fadvise64 fchdir fcntl fstat fstatfs ftruncate getcwd getdents64 getegid geteuid getgid getuid
+lseek lstat mkdir mkdirat newfstatat open openat poll ppoll pread64 prlimit64 readlink
+readlinkat rename renameat renameat2 rmdir rseq sched_getaffinity set_robust_list
+set_tid_address stat statfs statx sysinfo umask uname unlink unlinkat utimensat writev""".split()
 )
 
 _MODE_FILTER = 2

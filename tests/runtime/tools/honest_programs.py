@@ -36,7 +36,7 @@ PYTHON = [
         7,
     ),
     (
-        "class A:\n  def f(self): return 1\nclass B(A):\n  def g(self): return self.f() + 1\nB().g()",
+        "class A:\n  def f(self): return 1\nclass B(A):\n  def g(s): return s.f() + 1\nB().g()",
         2,
     ),
     ("import math\nmath.sqrt(16)", 4.0),

@@ -1,7 +1,7 @@
 """A tool server with its language layer taken off: for attacks on what lies behind it.
 
 `py` executes any Python, with modules loaded that an escaped program would wish for, and `bash`
-knows perl. Everything else (fork, limits, Landlock, seccomp, namespaces, deadline) is the real server's.
+knows perl. All else (fork, limits, Landlock, seccomp, namespaces, deadline) is the real server's.
 """
 
 import ctypes

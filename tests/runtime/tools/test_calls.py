@@ -93,7 +93,12 @@ def test_a_bad_call_says_what_is_wrong(text: str, words: str) -> None:
 def test_reading_takes_time_linear_in_the_text() -> None:
     """A second for what a quadratic reader would take minutes for."""
     began = time.process_time()
-    for text in ("<<" * 500_000, "<<calc>>{" + "[" * 10**6, '<<calc>>{"' + "\\" * 10**6, "<<a" * 10**5):
+    for text in (
+        "<<" * 500_000,
+        "<<calc>>{" + "[" * 10**6,
+        '<<calc>>{"' + "\\" * 10**6,
+        "<<a" * 10**5,
+    ):
         find_call(text)
     assert time.process_time() - began < 5
 

@@ -9,22 +9,10 @@ from runtime.tools.dispatch import Limits, Tools
 from tests.runtime.tools.honest_calc import GENERATED, TABLE
 from tests.runtime.tools.honest_programs import BASH, PYTHON
 
-
-@pytest.fixture(scope="module")
-def results():
-    with Tools(limits=Limits(seconds=20.0)) as tools:
-        if tools.refused:
-            pytest.skip(f"this system cannot fence tools in: {tools.level}")
-
-        @cache
-        def results() -> list[ToolResult]:
-            return tools.run_all([call for call, _ in CALLS])
-
-        yield results
-
-
-CALLS = [
-    *((Call("calc", {"expression": text}, ""), value) for text, value in TABLE + GENERATED),
+CALCULATIONS = [
+    (Call("calc", {"expression": text}, ""), value) for text, value in TABLE + GENERATED
+]
+PROGRAMS = [
     *((Call("py", {"code": code}, ""), value) for code, value in PYTHON),
     *(
         (Call("bash", {"command": command, "files": files}, ""), value)
@@ -33,10 +21,39 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(CALLS)))
-def test_an_honest_call_gives_the_right_answer(results, number: int) -> None:
-    call, value = CALLS[number]
-    result = results()[number]
+def _results(names: tuple[str, ...], calls: list[tuple[Call, object]]):
+    with Tools(names, Limits(seconds=20.0)) as tools:
+        if tools.refused:
+            pytest.skip(f"this system cannot fence tools in: {tools.level}")
+
+        @cache
+        def results() -> list[ToolResult]:
+            return tools.run_all([call for call, _ in calls])
+
+        yield results
+
+
+@pytest.fixture(scope="module")
+def calculations():
+    yield from _results(("calc",), CALCULATIONS)
+
+
+@pytest.fixture(scope="module")
+def programs():
+    yield from _results(("py", "bash"), PROGRAMS)
+
+
+@pytest.mark.parametrize("number", range(len(CALCULATIONS)))
+def test_the_calculator_is_right(calculations, number: int) -> None:
+    check(*CALCULATIONS[number], calculations()[number])
+
+
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
+def test_a_program_or_command_gives_the_right_answer(programs, number: int) -> None:
+    check(*PROGRAMS[number], programs()[number])
+
+
+def check(call: Call, value: object, result: ToolResult) -> None:
     assert result.ok, (call, result.error)
     assert type(result.value) is type(value), (call, result.value)
     assert result.value == value, call
@@ -45,4 +62,5 @@ def test_an_honest_call_gives_the_right_answer(results, number: int) -> None:
 
 
 def test_there_are_enough_honest_calls() -> None:
-    assert len({(call.name, str(call.arguments)) for call, _ in CALLS}) == len(CALLS) >= 200
+    calls = [call for call, _ in CALCULATIONS + PROGRAMS]
+    assert len({(call.name, str(call.arguments)) for call in calls}) == len(calls) >= 200

@@ -106,7 +106,8 @@ def test_a_server_that_is_killed_is_started_again(tools) -> None:
     assert tools._connections["py"].pid != first
 
 
-def test_a_server_that_is_stopped_is_replaced() -> None:
+def test_a_server_that_is_stopped_is_replaced(monkeypatch) -> None:
+    monkeypatch.setattr("runtime.tools.connection.GRACE_S", 1.0)
     with Tools(("py",), Limits(seconds=0.2)) as tools:
         assert tools.run(py("1")).value == 1
         os.kill(tools._connections["py"].pid, signal.SIGSTOP)
@@ -189,7 +190,7 @@ READS = "result = os.read(os.open('/etc/passwd', os.O_RDONLY), 9)"
     ],
 )
 def test_each_layer_holds_alone(layer: str, code: str) -> None:
-    """One layer with the language layer off; without `user` a process of root's has root's rights."""
+    """One layer alone, but for `user`, as without it root's server has root's rights."""
     from tests.runtime.tools.world import World
 
     layers = ("user", layer)

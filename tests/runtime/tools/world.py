@@ -73,9 +73,11 @@ class World:
     def orphans(self) -> list[str]:
         """Processes of tools that have lost their parent since this world began."""
         found = []
-        for process in psutil.process_iter(["ppid", "name", "cmdline", "create_time"]):
+        for process in psutil.process_iter(["ppid", "name", "cmdline", "create_time", "status"]):
             seen = process.info
             ours = "runtime.tools" in " ".join(seen["cmdline"] or []) or seen["name"] in COMMANDS
+            if seen["status"] == psutil.STATUS_ZOMBIE:  # ended; init has yet to notice
+                continue
             if ours and seen["ppid"] == 1 and seen["create_time"] >= self.began:
                 found.append(f"{process.pid} {seen['name']} {seen['cmdline']}")
         return found
