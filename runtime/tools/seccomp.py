@@ -13,6 +13,7 @@ and the mount namespace say which), and be started once; it cannot start or sign
 import ctypes
 import struct
 from functools import cache
+from typing import Any
 
 from runtime.tools.kernel import (
     AUDIT_ARCHITECTURE,
@@ -78,11 +79,23 @@ def command_filter() -> bytes:
 
 def apply_filter(program: bytes) -> None:
     """Puts a filter on this process, for good. Raises OSError where the kernel has no seccomp."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-    pointer = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
-    holder = ctypes.create_string_buffer(pointer, len(pointer))
+    held, _ = _held(program)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    prctl(PR_SET_SECCOMP, _MODE_FILTER, ctypes.addressof(holder))
+    prctl(PR_SET_SECCOMP, _MODE_FILTER, ctypes.addressof(held))
+
+
+def ready() -> None:
+    """Makes both filters, so that a child only has to put one on."""
+    _held(compute_filter())
+    _held(command_filter())
+
+
+@cache
+def _held(program: bytes) -> tuple[Any, Any]:
+    """A filter where the kernel finds it (struct sock_fprog, and its steps), made once."""
+    steps = ctypes.create_string_buffer(program, len(program))
+    pointer = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(steps))
+    return ctypes.create_string_buffer(pointer, len(pointer)), steps
 
 
 def _filter(checked: bytes, allowed: list[str]) -> bytes:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from runtime.tools.calls import BadCall, Call, find_call
+from runtime.tools.connection import CannotStart
 from runtime.tools.dispatch import Limits, Tools
 from runtime.tools.sandbox import LAYERS
 from tests.tiny import REPOSITORY
@@ -112,6 +113,19 @@ def test_a_server_that_is_stopped_is_replaced(monkeypatch) -> None:
         assert tools.run(py("1")).value == 1
         os.kill(tools._connections["py"].pid, signal.SIGSTOP)
         assert tools.run(py("2")).value == 2
+
+
+def test_a_server_that_cannot_start_is_no_result() -> None:
+    with Tools(("py",), server="tests.runtime.tools.nothing") as tools:
+        with pytest.raises(CannotStart, match="No module named tests.runtime.tools.nothing"):
+            tools.run(py("1"))
+
+
+def test_the_same_random_numbers_serve_every_calculation(tools) -> None:
+    """What sympy tries at random places comes out the same in a fresh worker and a used one."""
+    call = Call("calc", {"expression": "simplify(sqrt(x^2+2x+1)-abs(x+1))"}, "")
+    with Tools(("calc",), Limits(at_once=1, seconds=20)) as calculator:
+        assert len({str(result.value) for result in calculator.run_all([call] * 3)}) == 1
 
 
 def test_tools_are_used_inside_with() -> None:
