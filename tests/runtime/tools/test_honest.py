@@ -1,7 +1,5 @@
 """Honest calls give the right answer: 300 of them, known without the tools."""
 
-from functools import cache
-
 import pytest
 
 from runtime.tools.calls import Call, ToolResult
@@ -21,36 +19,27 @@ PROGRAMS = [
 ]
 
 
-def _results(names: tuple[str, ...], calls: list[tuple[Call, object]]):
-    with Tools(names, Limits(seconds=20.0)) as tools:
+@pytest.fixture(scope="module")
+def calculated(calculator) -> list[ToolResult]:
+    return calculator.run_all([call for call, _ in CALCULATIONS])
+
+
+@pytest.fixture(scope="module")
+def ran() -> list[ToolResult]:
+    with Tools(("py", "bash"), Limits(seconds=20.0)) as tools:
         if tools.refused:
             pytest.skip(f"this system cannot fence tools in: {tools.level}")
-
-        @cache
-        def results() -> list[ToolResult]:
-            return tools.run_all([call for call, _ in calls])
-
-        yield results
-
-
-@pytest.fixture(scope="module")
-def calculations():
-    yield from _results(("calc",), CALCULATIONS)
-
-
-@pytest.fixture(scope="module")
-def programs():
-    yield from _results(("py", "bash"), PROGRAMS)
+        return tools.run_all([call for call, _ in PROGRAMS])
 
 
 @pytest.mark.parametrize("number", range(len(CALCULATIONS)))
-def test_the_calculator_is_right(calculations, number: int) -> None:
-    check(*CALCULATIONS[number], calculations()[number])
+def test_the_calculator_is_right(calculated, number: int) -> None:
+    check(*CALCULATIONS[number], calculated[number])
 
 
 @pytest.mark.parametrize("number", range(len(PROGRAMS)))
-def test_a_program_or_command_gives_the_right_answer(programs, number: int) -> None:
-    check(*PROGRAMS[number], programs()[number])
+def test_a_program_or_command_gives_the_right_answer(ran, number: int) -> None:
+    check(*PROGRAMS[number], ran[number])
 
 
 def check(call: Call, value: object, result: ToolResult) -> None:

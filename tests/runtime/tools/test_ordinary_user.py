@@ -55,6 +55,7 @@ def become_nobody() -> None:
     os.setuid(NOBODY)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="the tests run as an ordinary user already")
 def test_the_tools_hold_for_an_ordinary_user(tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("nobody", numbered=True)
