@@ -72,8 +72,8 @@ def servers() -> list[psutil.Process]:
     return psutil.Process().children()
 
 
-def latency(tools: Tools, name: str, count: int) -> dict[str, float]:
-    """Milliseconds a call, `AT_ONCE` callers at a time."""
+def latency(tools: Tools, name: str, count: int, at_once: int) -> dict[str, float]:
+    """Milliseconds a call, `at_once` callers at a time."""
     waited: list[float] = []
     source, lock = calls_of(name), threading.Lock()
 
@@ -89,12 +89,12 @@ def latency(tools: Tools, name: str, count: int) -> dict[str, float]:
 
     tools.run_all([next(source) for _ in range(WARM)])
     spent = cpu_seconds()
-    callers = [threading.Thread(target=ask, args=(count // AT_ONCE,)) for _ in range(AT_ONCE)]
+    callers = [threading.Thread(target=ask, args=(count // at_once,)) for _ in range(at_once)]
     for caller in callers:
         caller.start()
     for caller in callers:
         caller.join()
-    if len(waited) != count // AT_ONCE * AT_ONCE:
+    if len(waited) != count // at_once * at_once:
         raise RuntimeError("a caller failed; see above")
     cuts = statistics.quantiles(waited, n=100)
     cpu = 1_000 * (cpu_seconds() - spent) / len(waited)
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=CALLS, help="of each tool; of all in a soak")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="look for leaks instead")
     parser.add_argument("--share", type=float, default=0.5, help="of a core, in a soak")
+    parser.add_argument("--at-once", type=int, default=AT_ONCE, help="callers at a time")
     parser.add_argument("--tools", nargs="+", default=list(BARS_MS), choices=list(BARS_MS))
     chosen = parser.parse_args()
     with Tools(tuple(chosen.tools)) as tools:
@@ -155,7 +156,7 @@ def main() -> None:
             soak(tools, chosen.soak, max(chosen.calls, 20_000), chosen.share)
             return
         for name in chosen.tools:
-            found = latency(tools, name, chosen.calls)
+            found = latency(tools, name, chosen.calls, chosen.at_once)
             shown = "  ".join(f"{key} {value:7.2f}" for key, value in found.items())
             print(f"{name:5} {shown}   bar p95 {BARS_MS[name]:g} ms", flush=True)
 

@@ -23,7 +23,7 @@ from runtime.tools.sandbox import Limits, Protection, address_space, leave_root,
 from runtime.tools.server import Server
 from runtime.tools.worker import Answer
 
-LONGEST_ERROR = 400  # characters
+LONGEST_MESSAGE = 400  # characters
 # These carry words that were chosen for the model; of others it is told the kind as well.
 _PLAIN = ("Refused", "CommandFailed")
 
@@ -53,7 +53,7 @@ def in_words(failure: BaseException) -> str:
     lines = [line for frame, line in walked if frame.f_code.co_filename == "<program>"]
     place = f" (line {lines[-1]})" if lines else ""
     text = message if kind in _PLAIN else f"{kind}: {message}" if message else kind
-    return text[:LONGEST_ERROR].encode(errors="replace").decode() + place
+    return text[:LONGEST_MESSAGE].encode(errors="replace").decode() + place
 
 
 def main(settings: dict[str, Any], answer: Answer = answer) -> None:
