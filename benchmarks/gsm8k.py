@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from modeling.loading import open_model, open_tokenizer
-from modeling.lora import open_merged
+from modeling.skills import open_skilled
 from runtime.generation.answers import Sampling
 from runtime.generation.engine import Engine
 from runtime.tools.dispatch import Tools
@@ -51,7 +51,7 @@ def main() -> None:
     with Tools() as tools:
         for adapter in (None, *options.adapters):
             began = time.process_time()
-            model = open_merged(student, adapter) if adapter else student
+            model = open_skilled(student, adapter) if adapter else student
             engine = Engine(model, tokenizer, tools)
             parts = solve(engine, tokenizer, problems, sampling, AT_ONCE)
             solved = [one for part in parts for one in part]
