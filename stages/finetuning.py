@@ -12,6 +12,7 @@ Each step follows from the seed and its number; interrupted training goes on to 
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import signature
 
 import numpy as np
 import torch
@@ -79,6 +80,7 @@ def finetune(adapted: Adapted, lesson: Lesson, job: Job, phase: str) -> list[Rol
     the first backward pass where a layer learns nothing.
     """
     course = lesson.course
+    require_packable(adapted, course)
     named = trainable(adapted)
     training = TrainState(named, course.learning_rate, course.steps)
     limits = Limits(course.spike, course.regression)
@@ -97,6 +99,16 @@ def finetune(adapted: Adapted, lesson: Lesson, job: Job, phase: str) -> list[Rol
                 job.say(f"{phase}: back from step {back.step} to {back.to_step}: {reason}")
             job.step_done(recovery, training.step, course.steps, phase, **metrics)
     return recovery.rollbacks
+
+
+def require_packable(model: Adapted, course: Course) -> None:
+    """Refuse to pack rows for a model that would run on from one example into the next."""
+    forward = signature(model.get_base_model().base_model.forward)
+    if course.packing and "position_ids" not in forward.parameters:
+        raise ValueError(
+            f"'packing' is true, but {type(model.get_base_model()).__name__} takes no positions: "
+            "its state would run on from one conversation into the next; set packing to false"
+        )
 
 
 def _learn(

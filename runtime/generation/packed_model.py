@@ -72,6 +72,9 @@ class PackedModel:
         """Pack a model. Raises NotPackable, saying why, for one that is not like Llama."""
         if model.device.type != "cpu":
             raise NotPackable(f"packed weights are for a CPU, and the model is on {model.device}")
+        hooked = [name for name, module in model.named_modules() if module._forward_hooks]
+        if hooked:
+            raise NotPackable(f"'{hooked[0]}' has a hook, which packed weights would pass by")
         self._model = model
         self._anatomy = _anatomy(model)
         self._rotary = _rotary_of(model)

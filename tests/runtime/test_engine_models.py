@@ -17,6 +17,7 @@ from transformers import (
 )  # fmt: skip
 
 from modeling.lora import AdapterShape, adapt, merged
+from modeling.moe import ExpertsShape, add_experts
 from runtime.generation.answers import Answer, Sampling
 from runtime.generation.engine import Engine
 from tests.runtime.conversing import letters
@@ -146,6 +147,13 @@ def test_a_model_with_a_llamas_parts_and_another_formula_is_found_out() -> None:
     model = tiny_llama()
     model.model.layers[1].self_attn.scaling = 0.1
     assert "logits are" in engine(model).path
+
+
+def test_a_model_with_experts_behind_a_block_is_not_packed_past_them() -> None:
+    model = without_end(tiny_llama())
+    shape = ExpertsShape(after_block=1, experts=2, units=4, temperature=0.7, balance=0.01)
+    add_experts(model, shape, torch.arange(20).view(2, 10), seed=0)
+    assert "has a hook" in engine(model).path
 
 
 def test_weights_in_half_precision_give_nearly_the_same_log_probabilities() -> None:
