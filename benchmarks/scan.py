@@ -1,12 +1,12 @@
-"""What a training step of Mamba costs on a CPU, with three ways to scan.
+"""What a training step of Mamba costs on a CPU, by each way to scan.
 
     .venv/bin/python benchmarks/scan.py --tokens 128 256 512 --repeats 5
 
-transformers' own loop, `fast_scan` (modeling/scan.py), and mambapy's parallel scan where that
-package can be imported (it is no part of the project: pip install --no-deps --target FOLDER
-mambapy, then PYTHONPATH=FOLDER). Blocks of mamba-130m's sizes with random weights and a small
-vocabulary. The ways take turns; figures are CPU-seconds of one thread, medians; ratios are medians
-of each round's.
+transformers' own loop, `fast_scan` (modeling/scan.py), the whole `fast_path` that stages train with
+(RMSNorm, too), and mambapy's parallel scan where that package can be imported (it is no part of the
+project: pip install --no-deps --target FOLDER mambapy, then PYTHONPATH=FOLDER). Blocks of
+mamba-130m's sizes with random weights and a small vocabulary. The ways take turns; figures are
+CPU-seconds of one thread, medians; ratios are medians of each round's.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
+from modeling.fast_path import fast_path
 from modeling.scan import fast_scan
 
 VOCABULARY = 1000
@@ -78,7 +79,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     model = build(options.width, options.blocks)
-    models = {"transformers": (model, nullcontext), "fast_scan": (model, fast_scan)}
+    models: dict[str, tuple[PreTrainedModel, Callable]] = {
+        "transformers": (model, nullcontext),
+        "fast_scan": (model, fast_scan),
+        "fast_path": (model, lambda one: fast_path(one, say=lambda _: None)),
+    }
     if importlib.util.find_spec("mambapy"):
         other = build(options.width, options.blocks)
         for block in other.backbone.layers:

@@ -72,6 +72,27 @@ def _config_of(model: PreTrainedModel, name: str) -> PreTrainedConfig:
     return model.config
 
 
+def called_linear_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers inside blocks that a forward pass calls as modules.
+
+    The weight of another, as Mamba's dt_proj in transformers, is used as a bare matrix.
+    """
+    place, blocks = find_blocks(model)
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda _m, _i, name=name: called.add(name))
+        for name, module in blocks.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [f"{place}.{name}" for name, _ in blocks.named_modules() if name in called]
+
+
 def find_units(model: PreTrainedModel) -> list[nn.Module]:
     """What a model is streamed by: its blocks, or the members of all its outermost lists where the
     blocks are in several, as in a model of encoder and decoder."""

@@ -25,7 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling.blocks import find_blocks
+from modeling.blocks import called_linear_layers, find_blocks
 
 VARIANTS = ("lora", "rslora", "dora", "pissa")
 PRINCIPAL = "pissa_niter_4"  # its fast singular value decomposition
@@ -55,24 +55,11 @@ class AdapterShape:
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers inside blocks that a forward pass calls as modules."""
-    place, blocks = find_blocks(model)
+    """Names of the linear layers inside blocks that can carry an adapter."""
+    _, blocks = find_blocks(model)
     mamba = any(type(module).__name__.endswith("MambaMixer") for module in blocks.modules())
     skipped = NOT_FOR_MAMBA if mamba else ()
-    called: set[str] = set()
-    hooks = [
-        module.register_forward_pre_hook(lambda _m, _i, name=name: called.add(name))
-        for name, module in blocks.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        with torch.no_grad():
-            model(torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    order = [name for name, _ in blocks.named_modules() if name in called]
-    return [f"{place}.{name}" for name in order if name.rpartition(".")[2] not in skipped]
+    return [n for n in called_linear_layers(model) if n.rpartition(".")[2] not in skipped]
 
 
 def adapt(model: PreTrainedModel, shape: AdapterShape, seed: int, start: Path) -> Adapted:
@@ -124,8 +111,13 @@ def _targets(model: PreTrainedModel, shape: AdapterShape) -> list[str]:
 
 
 def trainable(adapted: Adapted) -> list[tuple[str, nn.Parameter]]:
-    """What an adapter learns, by name."""
+    """What is learnt, by name: adapters, and experts that were put on after them."""
     return [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
+
+
+def adapters_of(named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    """Those of some named parameters that are adapters'."""
+    return [(name, p) for name, p in named if ".lora_" in name]
 
 
 def check_learning(named: Iterable[tuple[str, nn.Parameter]]) -> None:

@@ -3,7 +3,8 @@
 A step's loss is the mean cross-entropy of the counted tokens (stages/supervision.py) plus, against
 forgetting, that of some rows of the general text which the student was distilled on. Logits are
 made for counted tokens alone, a chunk at a time (modeling/losses.py): in a dialogue with a tool
-they are less than half of all.
+they are less than half of all. A mini mixture of experts on the model (modeling/moe.py) learns with
+the adapter, and adds its load-balance loss.
 
 Each step follows from the seed and its number; interrupted training goes on to the same bits.
 """
@@ -11,6 +12,7 @@ Each step follows from the seed and its number; interrupted training goes on to 
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import signature
 
 import numpy as np
 import torch
@@ -18,8 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modeling.fast_path import fast_path
-from modeling.lora import Adapted, check_learning, trainable
+from modeling.lora import Adapted, adapters_of, check_learning, trainable
 from modeling.losses import text_loss
+from modeling.moe import balance_loss, check_routing, find_experts
 from stages.contract import Job
 from stages.course import Course
 from stages.recovery import Limits, Recovery, Rollback
@@ -77,6 +80,7 @@ def finetune(adapted: Adapted, lesson: Lesson, job: Job, phase: str) -> list[Rol
     the first backward pass where a layer learns nothing.
     """
     course = lesson.course
+    require_packable(adapted, course)
     named = trainable(adapted)
     training = TrainState(named, course.learning_rate, course.steps)
     limits = Limits(course.spike, course.regression)
@@ -97,6 +101,16 @@ def finetune(adapted: Adapted, lesson: Lesson, job: Job, phase: str) -> list[Rol
     return recovery.rollbacks
 
 
+def require_packable(model: Adapted, course: Course) -> None:
+    """Refuse to pack rows for a model that would run on from one example into the next."""
+    forward = signature(model.get_base_model().base_model.forward)
+    if course.packing and "position_ids" not in forward.parameters:
+        raise ValueError(
+            f"'packing' is true, but {type(model.get_base_model()).__name__} takes no positions: "
+            "its state would run on from one conversation into the next; set packing to false"
+        )
+
+
 def _learn(
     model: PreTrainedModel, named: list, lesson: Lesson, recovery: Recovery
 ) -> tuple[dict[str, float], str | None]:
@@ -107,16 +121,19 @@ def _learn(
     own = general = 0.0
     for rows in lesson.laid_out(batch):
         loss = rows_loss(model, rows) / counted
-        loss.backward()
+        share = rows.counted.sum().item() / counted
+        (loss + share * balance_loss(model, _real(rows))).backward()
         own += loss.item()
     if course.general_rows:
         loss = general_loss(model, lesson.general_batch(training.step))
-        loss.backward()
+        (loss + balance_loss(model)).backward()
         general = loss.item()
     reason = recovery.refuses(own + general)
     if reason is None:
         if training.step == 0:
-            check_learning(named)
+            check_learning(adapters_of(named))
+            if (experts := find_experts(model)) is not None:
+                check_routing(experts)
         try:
             norm = training.update(course.warmup, course.clip)
             return {"loss": own, "general": general, "gradient_norm": norm}, None
@@ -124,6 +141,11 @@ def _learn(
             reason = str(error)
     training.pass_over()
     return {}, reason
+
+
+def _real(rows: Rows) -> Tensor:
+    """Which tokens are not padding, (R, T): those up to the last counted one, an example's end."""
+    return rows.counted.flip(1).cumsum(1).flip(1) > 0
 
 
 def rows_loss(model: PreTrainedModel, rows: Rows) -> Tensor:

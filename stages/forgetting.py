@@ -52,12 +52,12 @@ def row_losses(model: PreTrainedModel, rows: Tensor, batch_rows: int) -> Tensor:
     """Mean cross-entropy in nats of each row of tokens (N, T): (N,)."""
     losses = []
     head = model.get_output_embeddings()
-    for batch in rows.split(batch_rows):
+    for batch in rows.to(model.device).split(batch_rows):
         hidden = model.base_model(batch, use_cache=False).last_hidden_state[:, :-1]
         for states, labels in zip(hidden, batch[:, 1:], strict=True):
             logits = head(states.to(head.weight.dtype)).float()
             losses.append(torch.nn.functional.cross_entropy(logits, labels))
-    return torch.stack(losses)
+    return torch.stack(losses).cpu()
 
 
 def compare(before: Tensor, after: Tensor, resamples: int = 1000, seed: int = 0) -> Forgetting:
@@ -90,5 +90,6 @@ def measure_drift(
     subspaces = read_subspaces(profile)
     places = counterparts(range(len(subspaces.mean)), dropped)
     sites = [Site(block, place, place) for block, place in places.items()]
-    found = subspace_drift(before, after, sites, subspaces, rows, batch_rows)
+    tokens = rows.to(before.device)
+    found = subspace_drift(before, after, sites, subspaces, tokens, batch_rows)
     return dict(zip(places, found, strict=True))

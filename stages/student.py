@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling.backends import be_deterministic, default_device
 from modeling.blocks import dissect
 from modeling.loading import open_model, open_tokenizer
 from stages.forgetting import general_rows, measure_drift
@@ -43,10 +44,13 @@ class Student:
 def open_student(distilled: Path, profiles: Mapping[str, Path], prepared: Path) -> Student:
     """Open what distill has made, twice: to go on from, and to compare with.
 
-    distilled, prepared: folders of these stages; profiles: those of profile, by teacher.
+    distilled, prepared: folders of these stages; profiles: those of profile, by teacher. Both are
+    on the first GPU where there is one.
     """
     facts = json.loads((distilled / "student.json").read_text(encoding="utf-8"))
-    model = open_model(distilled / "student")
+    device = default_device()
+    be_deterministic(device)
+    model = open_model(distilled / "student", device)
     profile = profiles[facts["teacher"]]
     return Student(
         model, open_tokenizer(distilled / "student"), _dropped(facts, model, profile), prepared,

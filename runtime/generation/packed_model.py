@@ -8,7 +8,9 @@ gives other logits and is refused, as are sliding windows and positions that dep
 
 half_weights: a float32 model's matrices are rounded to float16, the arithmetic stays in float32
 (products.py). The log-probabilities of answers are those of the rounded weights, which did draw the
-tokens; for SmolLM2 they are within 0.02 of the model's own, on average 0.001.
+tokens. Weights published in float16 lose nothing; of a SmolLM2 whose weights are others, log-
+probabilities were 0.002 from the model's own on average, 0.009 at most, and one of four greedy
+answers of 48 tokens was another than generate's (benchmarks/generation.py).
 
 Letters: N tokens, D hidden width, H query heads, K key/value heads, C size of a head, V vocabulary.
 """
@@ -70,6 +72,9 @@ class PackedModel:
         """Pack a model. Raises NotPackable, saying why, for one that is not like Llama."""
         if model.device.type != "cpu":
             raise NotPackable(f"packed weights are for a CPU, and the model is on {model.device}")
+        hooked = [name for name, module in model.named_modules() if module._forward_hooks]
+        if hooked:
+            raise NotPackable(f"'{hooked[0]}' has a hook, which packed weights would pass by")
         self._model = model
         self._anatomy = _anatomy(model)
         self._rotary = _rotary_of(model)

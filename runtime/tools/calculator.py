@@ -36,8 +36,7 @@ _NUMBER = r"(?:[0-9]++\.?+[0-9]*+|\.[0-9]++)"
 _PERCENT = re.compile(rf"({_NUMBER})\s*%(?=\s*(?:$|[)\],*/+=<>-]|of\b))(?!\s*-?\s*[0-9(])")
 _OF = re.compile(r"(?<=/100\))\s*of\b")
 _JUXTAPOSED = re.compile(
-    rf"(?<![A-Za-z0-9.])({_NUMBER}(?:[eE][+-]?[0-9]++)?+|[A-Za-z]?\))\s*"
-    r"(?=[A-Za-z(])"
+    rf"(?<![A-Za-z0-9.])({_NUMBER}(?:[eE][+-]?[0-9]++)?+)\s*(?=[A-Za-z(])|(\))\s*(?=[A-Za-z0-9(])"
 )
 _SINGLE_EQUALS = re.compile(r"(?<![<>=!])=(?!=)")
 
@@ -63,7 +62,7 @@ def spelled_for_python(expression: str) -> str:
         letter = text[bad.end() if bad else 0]
         raise Refused(f"{letter!r} has no place in an expression")
     text = _OF.sub("*", _PERCENT.sub(r"(\1/100)", text)).replace("^", "**")
-    return _SINGLE_EQUALS.sub("==", _JUXTAPOSED.sub(r"\1*", text))
+    return _SINGLE_EQUALS.sub("==", _JUXTAPOSED.sub(r"\1\2*", text))
 
 
 def parsed(text: str) -> ast.expr:

@@ -13,6 +13,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from runtime.tools.kernel import fork_to_execute
 from runtime.tools.sandbox import Limits, Protection, confine_command
 from runtime.tools.shell import is_failure, path_inside, pipeline
 from runtime.tools.shell_words import Refused
@@ -91,7 +92,7 @@ def _start(
     before, children = os.dup(0), []  # the worker's own input is empty
     for arguments in commands:
         after, out = os.pipe()
-        child = os.fork()
+        child = fork_to_execute()
         if child == 0:
             _become(arguments, (before, out, errors_in), protection, limits)
         children.append(child)

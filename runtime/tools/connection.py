@@ -33,6 +33,10 @@ class ServerDied(RuntimeError):
     """The server has ended, or does not answer; the message has what it wrote last."""
 
 
+class CannotStart(RuntimeError):
+    """The server does not come up: nothing that another try would change."""
+
+
 class Connection:
     """One server process and the thread that reads its answers."""
 
@@ -64,12 +68,12 @@ class Connection:
         return self._process.pid
 
     def ready(self) -> dict[str, Any]:
-        """What the server said of itself when it was ready. Raises ServerDied."""
+        """What the server said of itself when it was ready. Raises CannotStart."""
         try:
             return self._ready.result(START_S)
         except Late:
             self._kill()
-            raise ServerDied(f"it was not ready within {START_S:g} s") from None
+            raise CannotStart(f"the tool server was not ready within {START_S:g} s") from None
 
     def ask(self, number: int, tool: str, arguments: dict[str, Any]) -> "Future[ToolResult]":
         """Sends a call; its result comes in the future, or ServerDied."""
@@ -87,7 +91,8 @@ class Connection:
         return given
 
     def result(self, given: "Future[ToolResult]", seconds: float) -> ToolResult:
-        """Waits for a result. Raises ServerDied; a server that no longer answers is killed.
+        """Waits for a result. Raises ServerDied, also for a server that no longer answers (it is
+        killed), and CannotStart.
 
         As long as other results come in, the call waits for its turn.
         """
@@ -136,7 +141,7 @@ class Connection:
         for given in lost:
             given.set_exception(death)
         if not self._ready.done():
-            self._ready.set_exception(death)
+            self._ready.set_exception(CannotStart(f"the tool server cannot start: {death}"))
 
     def _hand_out(self, message: dict[str, Any]) -> None:
         if "ready" in message:

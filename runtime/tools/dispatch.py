@@ -70,7 +70,7 @@ class Tools:
     def __enter__(self) -> Self:
         if self._log_path is not None:
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = self._log_path.open("a", encoding="utf-8")
+            self._log = self._log_path.open("a", encoding="utf-8", errors="backslashreplace")
         for group in SERVERS:
             self._start(group)
         return self
@@ -108,7 +108,10 @@ class Tools:
         return self.protection.words + refused + unsafe
 
     def run(self, call: Call | BadCall) -> ToolResult:
-        """Runs one call. What goes wrong is in the result; nothing is raised for it."""
+        """Runs one call. What goes wrong in it is in the result.
+
+        Raises CannotStart when the server does not come up.
+        """
         return self.run_all([call])[0]
 
     def run_all(self, calls: Iterable[Call | BadCall]) -> list[ToolResult]:

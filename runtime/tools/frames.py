@@ -26,10 +26,11 @@ def pack(message: Any, nonce: bytes = NO_NONCE) -> bytes:
 
 
 class Inbox:
-    """Bytes as they come in, taken out as messages."""
+    """Bytes as they come in, taken out as messages of at most `longest` bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest: int = LONGEST) -> None:
         self._bytes = bytearray()
+        self._longest = longest
 
     def add(self, received: bytes) -> None:
         """Takes in what was read."""
@@ -45,8 +46,8 @@ class Inbox:
         if len(self._bytes) < _HEADER.size:
             return None
         length, nonce = _HEADER.unpack_from(self._bytes)
-        if length > LONGEST:
-            raise BadFrame(f"a message of {length} bytes; at most {LONGEST}")
+        if length > self._longest:
+            raise BadFrame(f"a message of {length} bytes; at most {self._longest}")
         end = _HEADER.size + length
         if len(self._bytes) < end:
             return None

@@ -6,6 +6,7 @@ imports of its own. On top of that:
 - `*`, `**`, `%` and `<<`, in place too, go through a function that judges the size of the result
   before it is computed
 - `counts[word] += 1` and `self.n += 1` are allowed where reading the target twice does no harm
+- `nonlocal` and annotated names are allowed
 - the value of a last line that is an expression is kept
 """
 
@@ -64,6 +65,12 @@ class Policy(RestrictingNodeTransformer):
             return ast.copy_location(ast.Pass(), node)
         plain = ast.Assign(targets=[node.target], value=node.value)
         return self.visit(ast.copy_location(plain, node))
+
+    def visit_Nonlocal(self, node: ast.Nonlocal) -> ast.AST:
+        """Allowed, for the program's own names."""
+        for name in node.names:
+            self.check_name(node, name)
+        return node
 
     def visit_Module(self, node: ast.Module) -> ast.AST:
         """The last line's value goes to a name of ours."""

@@ -52,7 +52,7 @@ from runtime.tools.shell import programs
 LAYERS = ("user", "limits", "seccomp", "landlock", "namespaces")
 NEEDED = {"py": ("seccomp",), "bash": ("seccomp",)}
 _SIGKILL = 9
-_NOBODY = 65534
+_NOBODY = 65534  # user and group
 MEBIBYTE = 1 << 20
 _LIBRARIES = ("/lib", "/lib64", "/etc/ld.so.cache")
 _READABLE = ("/usr/lib", "/usr/lib64", "/usr/libexec", *_LIBRARIES)
@@ -117,8 +117,8 @@ def leave_root() -> None:
     """From root to nobody, for good; an ordinary user stays who it is. Raises OSError."""
     if os.geteuid() == 0:
         os.setgroups([])
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+        os.setgid(_NOBODY)
+        os.setuid(_NOBODY)
 
 
 def confine(
@@ -182,8 +182,7 @@ def prepared(protection: Protection, scratch: Path) -> Protection:
     scratch: the folder that all scratch folders lie in.
     """
     if "seccomp" in protection.layers:
-        seccomp.compute_filter()
-        seccomp.command_filter()
+        seccomp.ready()
     if "landlock" not in protection.layers:
         return protection
     version = protection.landlock_abi

@@ -13,6 +13,7 @@ and the mount namespace say which), and be started once; it cannot start or sign
 import ctypes
 import struct
 from functools import cache
+from typing import Any
 
 from runtime.tools.kernel import (
     AUDIT_ARCHITECTURE,
@@ -29,11 +30,11 @@ madvise mmap mprotect mremap munmap read rt_sigaction rt_sigprocmask rt_sigretur
 sigaltstack write""".split()
 COMMANDS = (
     COMPUTE
-    + """access arch_prctl copy_file_range dup dup2 dup3 execve faccessat faccessat2 fadvise64 fcntl
-fstat fstatfs ftruncate getcwd getdents64 getegid geteuid getgid getuid lseek lstat mkdir mkdirat
-newfstatat open openat poll ppoll pread64 prlimit64 readlink readlinkat rename renameat renameat2
-rmdir rseq sched_getaffinity set_robust_list set_tid_address stat statfs statx sysinfo umask uname
-unlink unlinkat utimensat writev""".split()
+    + """access arch_prctl chdir copy_file_range dup dup2 dup3 execve faccessat faccessat2
+fadvise64 fchdir fcntl fstat fstatfs ftruncate getcwd getdents64 getegid geteuid getgid getuid
+lseek lstat mkdir mkdirat newfstatat open openat poll ppoll pread64 prlimit64 readlink
+readlinkat rename renameat renameat2 rmdir rseq sched_getaffinity set_robust_list
+set_tid_address stat statfs statx sysinfo umask uname unlink unlinkat utimensat writev""".split()
 )
 
 _MODE_FILTER = 2
@@ -78,11 +79,23 @@ def command_filter() -> bytes:
 
 def apply_filter(program: bytes) -> None:
     """Puts a filter on this process, for good. Raises OSError where the kernel has no seccomp."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-    pointer = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
-    holder = ctypes.create_string_buffer(pointer, len(pointer))
+    held, _ = _held(program)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    prctl(PR_SET_SECCOMP, _MODE_FILTER, ctypes.addressof(holder))
+    prctl(PR_SET_SECCOMP, _MODE_FILTER, ctypes.addressof(held))
+
+
+def ready() -> None:
+    """Makes both filters, so that a child only has to put one on."""
+    _held(compute_filter())
+    _held(command_filter())
+
+
+@cache
+def _held(program: bytes) -> tuple[Any, Any]:
+    """A filter where the kernel finds it (struct sock_fprog, and its steps), made once."""
+    steps = ctypes.create_string_buffer(program, len(program))
+    pointer = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(steps))
+    return ctypes.create_string_buffer(pointer, len(pointer)), steps
 
 
 def _filter(checked: bytes, allowed: list[str]) -> bytes:

@@ -7,6 +7,7 @@ a worker sends is bounded, checked, and counts only with the nonce of the call t
 The server ends when its parent does: the link closes, or the parent's process id changes.
 """
 
+import json
 import os
 import secrets
 import selectors
@@ -19,7 +20,7 @@ from typing import Any
 
 from runtime.tools import frames
 from runtime.tools.runners import RUNNERS, Room
-from runtime.tools.worker import Answer, Worker, end, start
+from runtime.tools.worker import LONGEST_ERROR, Answer, Worker, end, start
 
 IDLE_S = 1.0  # how often an idle server looks for its parent
 MOST_STILLBORN = 5  # workers in a row that end before their first call
@@ -168,7 +169,11 @@ class Server:
                 self._finish(worker)
             return
         answer, nonce = message
-        if nonce != self.running[worker].nonce or not worker.inbox.empty or not _fits(answer):
+        if (
+            nonce != self.running[worker].nonce
+            or not worker.inbox.empty
+            or not fits(answer, self.room.limits.output_chars)
+        ):
             self._finish(worker, error="the tool's process sent what is no answer")
             return
         running = self.running.pop(worker)
@@ -199,13 +204,15 @@ class Server:
         self.link.sendall(frames.pack({"id": job.number, "seconds": seconds, **answer}))
 
 
-def _fits(answer: Any) -> bool:
-    """Whether a worker's message has the shape of an answer."""
+def fits(answer: Any, output_chars: int) -> bool:
+    """Whether a worker's message has the shape and the size of an answer."""
     return (
         isinstance(answer, dict)
         and answer.keys() == {"value", "error", "truncated"}
         and isinstance(answer["error"], str | None)
+        and len(answer["error"] or "") <= LONGEST_ERROR
         and isinstance(answer["truncated"], bool)
+        and len(json.dumps(answer["value"], ensure_ascii=False)) <= output_chars
     )
 
 

@@ -41,7 +41,9 @@ class _Reader:
     commands: list[list[str]] = field(default_factory=lambda: [[]])
 
     def add(self, letters: str) -> None:
-        self.word = [*(self.word or []), letters]
+        if self.word is None:
+            self.word = []
+        self.word.append(letters)
 
     def end_word(self) -> None:
         if self.word is not None:

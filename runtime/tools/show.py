@@ -36,5 +36,6 @@ def _show_sympy(value: Any) -> Any:
         return written(value)  # infinite, or not real: 2*I
     number = float(near)
     if number == 0 or 1e-300 < abs(number) < 1e300:
-        return float(f"{number:.{ROUNDED_DIGITS}g}")
+        short = float(f"{number:.{ROUNDED_DIGITS}g}")
+        return int(short) if short.is_integer() and abs(short) < 1e12 else short
     return written(near.evalf(ROUNDED_DIGITS))

@@ -21,6 +21,9 @@ from runtime.tools.sandbox import confine, confine_computing
 
 Answer = Callable[[str, dict[str, Any], Room], dict[str, Any]]  # tool, arguments, room -> message
 
+LONGEST_ERROR = 500  # characters
+BYTES_PER_LETTER = 12  # at most, in JSON of ASCII: a surrogate pair, escaped
+
 _NUMBERS = count()
 
 
@@ -59,7 +62,8 @@ def start(tool: str, room: Room, used: int, answer: Answer) -> Worker:
         finally:
             os._exit(70)
     theirs.close()
-    return Worker(pid, ours, tool, own)
+    longest = BYTES_PER_LETTER * (room.limits.output_chars + 2 * LONGEST_ERROR)
+    return Worker(pid, ours, tool, own, inbox=frames.Inbox(longest))
 
 
 def end(worker: Worker) -> int:

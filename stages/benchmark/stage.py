@@ -127,7 +127,7 @@ def score_all(models: dict, texts: dict, params: Params, job: Job):
 def solve_all(folder: Path, params: Params, job: Job):
     """Let the student solve problems with each stage's adapter; goes on from a checkpoint."""
     from modeling.loading import open_model, open_tokenizer
-    from modeling.lora import open_merged
+    from modeling.skills import open_skilled
     from runtime.generation.answers import Sampling
     from runtime.generation.engine import Engine
     from runtime.tools.dispatch import Tools
@@ -151,7 +151,7 @@ def solve_all(folder: Path, params: Params, job: Job):
             solved = scores.solved[name]
             if len(solved) == len(problems):
                 continue
-            model = open_merged(student, adapters[name]) if name in adapters else student
+            model = open_skilled(student, adapters[name]) if name in adapters else student
             engine = Engine(model, tokenizer, tools)
             for part in solve(engine, tokenizer, problems[len(solved) :], sampling, AT_ONCE):
                 solved += part

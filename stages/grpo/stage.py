@@ -28,7 +28,8 @@ BATCH_ROWS = 4  # of general text, where it is only measured
 
 def run(params: Params, job: Job) -> Metrics:
     """Reinforce, measure, decide; see the module's steps."""
-    from modeling.lora import keep_reference, merged, open_adapted, save_adapter
+    from modeling.lora import keep_reference, merged
+    from modeling.skills import open_skill, save_skill
     from runtime.generation.engine import Engine
     from runtime.tools.dispatch import Tools
     from stages.forgetting import compare, row_losses
@@ -43,7 +44,7 @@ def run(params: Params, job: Job) -> Metrics:
     general = student.heldout(params.general_text, params.heldout_rows)
     before = row_losses(student.model, general, BATCH_ROWS)
     start = find_adapter(job.input("toolformer"), params.capability)
-    adapted = open_adapted(student.model, start, trains=True)
+    adapted = open_skill(student.model, start, trains=True, experts_train=False)
     keep_reference(adapted, start)
     policy = Policy(adapted, student.tokenizer.eos_token_id, params.most_tokens, params.temperature)
     state = job.resume(Reinforcement(policy, params))
@@ -61,8 +62,8 @@ def run(params: Params, job: Job) -> Metrics:
         state.probes[0], state.probes[-1], forgetting, params.forgetting, params.general_text
     )
     job.say(f"the adapter of toolformer stays: {reason}" if reason else "the policy is kept")
-    kept = open_adapted(student.untouched, start) if reason else adapted
-    save_adapter(kept, job.output / params.capability, job.folder / "start")
+    kept = open_skill(student.untouched, start) if reason else adapted
+    save_skill(kept, job.output / params.capability, job.folder / "start")
     facts = {
         "reverted": reason,
         "probes": [{**vars(probe), "share": str(probe.share)} for probe in state.probes],

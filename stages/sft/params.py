@@ -12,13 +12,34 @@ VARIANTS = ("lora", "rslora", "dora", "pissa")  # of modeling/lora.py, which imp
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mini mixture of experts behind a block (modeling/moe.py): ExpertsShape without torch."""
+
+    after_block: int
+    experts: int
+    units: int
+    temperature: float
+    balance: float
+
+    def __post_init__(self) -> None:
+        require_at_least(1, after_block=self.after_block, units=self.units)
+        require_within(2, 64, experts=self.experts)
+        require_within(0.01, 100, temperature=self.temperature)
+        require_within(0, 10, balance=self.balance)
+
+
+@dataclass(frozen=True)
 class Capability:
-    """A skill: its name, what it is learnt from, and which linear layers change for it."""
+    """A skill: its name, what it is learnt from, and what changes for it.
+
+    targets, last_blocks: linear layers that get adapters.  experts: what is added, or None.
+    """
 
     name: str
     conversations: tuple[str, ...]
     targets: tuple[str, ...]
     last_blocks: int
+    experts: Experts | None
 
     def __post_init__(self) -> None:
         if not self.conversations:

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: teach the student skills by example, a low-rank adapter each.
 
 Steps, for each capability:
-  1. put a new adapter on the student (modeling/lora.py)
+  1. put a new adapter on the student (modeling/lora.py), and a mini mixture of experts if it is
+     asked for (modeling/moe.py)
   2. train it on the capability's conversations, and on some general text against forgetting
      (stages/finetuning.py)
   3. measure, on what was never trained on: the loss of conversations from unseen templates, the
@@ -11,7 +12,7 @@ Steps, for each capability:
 reads    prepare   conversations; training and held-out rows of general text
          profile   subspaces, to measure drift in
          distill   the student
-writes   CAPABILITY/    a PEFT adapter of the student
+writes   CAPABILITY/    a PEFT adapter of the student, its experts beside it
          sft.json       facts and figures of each
 """
 
@@ -38,7 +39,9 @@ def run(params: Params, job: Job) -> Metrics:
 
 def teach(capability: Capability, params: Params, job: Job) -> dict:
     """Train, measure and write one adapter; gives what was measured."""
-    from modeling.lora import AdapterShape, adapt, merged, save_adapter, trainable
+    from modeling.lora import AdapterShape, adapt, merged, trainable
+    from modeling.moe import ExpertsShape, add_experts
+    from modeling.skills import save_skill
     from stages.finetuning import finetune, mean_loss
     from stages.forgetting import compare, require_kept, row_losses
     from stages.student import open_student
@@ -55,6 +58,9 @@ def teach(capability: Capability, params: Params, job: Job) -> dict:
     )
     start = job.folder / "start" / capability.name
     adapted = adapt(student.model, shape, params.seed, start)
+    if capability.experts is not None:
+        some = lesson.general[:BATCH_ROWS]
+        add_experts(student.model, ExpertsShape(**asdict(capability.experts)), some, params.seed)
     rollbacks = finetune(adapted, lesson, job, capability.name)
     with merged(adapted) as model:
         forgetting = compare(before["rows"], row_losses(model, general, BATCH_ROWS))
@@ -62,7 +68,7 @@ def teach(capability: Capability, params: Params, job: Job) -> dict:
         after = mean_loss(model, lesson, heldout)
     job.say(f"{capability.name}: perplexity of {params.general_text} {forgetting} times before")
     require_kept(forgetting, params.forgetting, f"adapter '{capability.name}'")
-    save_adapter(adapted, job.output / capability.name, start)
+    save_skill(adapted, job.output / capability.name, start)
     return {
         "parameters": sum(p.numel() for _, p in trainable(adapted)),
         "conversations": len(lesson.examples),

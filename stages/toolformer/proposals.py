@@ -81,12 +81,10 @@ def log_probs_of(
     head = model.get_output_embeddings().weight
     for group in alike(examples, most_tokens):
         rows = make_rows([[example] for example in group], pad)
-        hidden = model.base_model(rows.tokens, use_cache=False).last_hidden_state[:, :-1]
-        counted = rows.counted[:, 1:]
-        values, _ = token_log_probs(
-            hidden[counted].to(head.dtype), head, rows.tokens[:, 1:][counted]
-        )
-        parts = values.split([sum(example.counted) for example in group])
+        tokens, counted = rows.tokens.to(model.device), rows.counted[:, 1:].to(model.device)
+        hidden = model.base_model(tokens, use_cache=False).last_hidden_state[:, :-1]
+        values, _ = token_log_probs(hidden[counted].to(head.dtype), head, tokens[:, 1:][counted])
+        parts = values.cpu().split([sum(example.counted) for example in group])
         found |= {numbered[id(example)]: part for example, part in zip(group, parts, strict=True)}
     return [found[place] for place in range(len(examples))]
 
@@ -106,14 +104,14 @@ def find_places(
     A place's probability is that of the whole opening, of which a forward pass gives the first
     token's; the rest of it follows almost surely in a model that was taught the form.
     """
-    tokens = torch.tensor([text.prompt + text.reply])
+    tokens = torch.tensor([text.prompt + text.reply], device=model.device)
     hidden = model.base_model(tokens, use_cache=False).last_hidden_state[0]
     head = model.get_output_embeddings().weight
     before = hidden[len(text.prompt) - 1 : -1].to(head.dtype)  # the state before each reply token
     found = []
     for tool in tools:
         first = inserted_tokens(opening(tool), tokenizer)[0]
-        chosen = torch.full((len(before),), first)
+        chosen = torch.full((len(before),), first, device=model.device)
         probabilities = token_log_probs(before, head, chosen)[0].exp()
         values, places = probabilities.topk(min(most, len(probabilities)))
         found += [

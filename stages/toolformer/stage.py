@@ -34,7 +34,8 @@ CALL_TOKENS = 48  # of a call that is proposed
 
 def run(params: Params, job: Job) -> Metrics:
     """Propose, filter, train, decide; see the module's steps."""
-    from modeling.lora import merged, open_adapted, save_adapter
+    from modeling.lora import merged
+    from modeling.skills import open_skill, save_skill
     from runtime.generation.engine import Engine
     from runtime.tools.dispatch import Tools
     from stages.finetuning import finetune
@@ -46,7 +47,7 @@ def run(params: Params, job: Job) -> Metrics:
 
     student = open_student(job.input("distill"), job.inputs("profile"), job.input("prepare"))
     start = find_adapter(job.input("sft"), params.capability)
-    adapted = open_adapted(student.model, start, trains=True)
+    adapted = open_skill(student.model, start, trains=True)
     problems = open_problems(job.input("prepare"), params.conversations, params.probe_problems)
     general = student.heldout(params.general_text, params.heldout_rows)
     rows_before = row_losses(student.untouched, general, BATCH_ROWS)
@@ -64,8 +65,8 @@ def run(params: Params, job: Job) -> Metrics:
         drift = student.drift(model, general[:BATCH_ROWS])
     reason = why_not(before, after, forgetting, params.forgetting, params.general_text)
     job.say(f"the adapter of sft stays: {reason}" if reason else "what was learnt is kept")
-    kept = open_adapted(student.untouched, start) if reason else adapted
-    save_adapter(kept, job.output / params.capability, job.folder / "start")
+    kept = open_skill(student.untouched, start) if reason else adapted
+    save_skill(kept, job.output / params.capability, job.folder / "start")
     write_samples(found, job.output / "samples.md")
     job.show("samples.md")
     facts = {

@@ -136,3 +136,39 @@ def test_a_model_without_mamba_blocks_is_refused() -> None:
         fast_scan(tiny_llama()),
     ):
         pass
+
+
+def test_a_gate_a_skip_or_a_bias_can_be_left_out() -> None:
+    inputs = scan_inputs(tokens=4)
+    for absent in ("z", "D", "delta_bias"):
+        left = {name: tensor for name, tensor in inputs.items() if name != absent}
+        theirs = modeling_mamba.mamba_selective_scan(**left, delta_softplus=True)
+        ours = selective_scan(**left, delta_softplus=True)
+        torch.testing.assert_close(ours, theirs, check_dtype=False)
+        for a, b in zip(
+            torch.autograd.grad(ours.sum(), left.values()),
+            torch.autograd.grad(theirs.sum(), left.values()),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_it_equals_the_kernels_of_mamba_ssm() -> None:
+    interface = pytest.importorskip("mamba_ssm.ops.selective_scan_interface")
+    inputs = scan_inputs(width=64, states=16, tokens=48)
+    here = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
+    there = {name: tensor.detach().cuda().requires_grad_() for name, tensor in here.items()}
+    ours, state = selective_scan(**here, delta_softplus=True, return_last_state=True)
+    u, dt = there["hidden_states"], there["dt"]
+    theirs, their_state = interface.selective_scan_fn(
+        u, dt, *(there[name] for name in ("A", "B", "C", "D", "z", "delta_bias")),
+        delta_softplus=True, return_last_state=True,
+    )  # fmt: skip
+    torch.testing.assert_close(ours, theirs.cpu(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state, their_state.cpu(), rtol=1e-4, atol=1e-4)
+    ours.sum().backward()
+    theirs.sum().backward()
+    for name, tensor in here.items():
+        torch.testing.assert_close(tensor.grad, there[name].grad.cpu(), rtol=1e-3, atol=1e-3)

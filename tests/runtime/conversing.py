@@ -38,7 +38,7 @@ def encode(text: str) -> list[int]:
 class Calculator:
     """Multiplies; a stand-in for runtime/tools, which says how often and with what it was asked."""
 
-    def __init__(self, answer: str | None = None) -> None:
+    def __init__(self, answer: str | int | None = None) -> None:
         self.asked: list[list[str]] = []
         self._answer = answer
 

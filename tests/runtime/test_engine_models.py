@@ -1,6 +1,7 @@
 """The engine decodes what transformers' own `generate` does, for every kind of model."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )  # fmt: skip
 
+from modeling.lora import AdapterShape, adapt, merged
+from modeling.moe import ExpertsShape, add_experts
 from runtime.generation.answers import Answer, Sampling
 from runtime.generation.engine import Engine
 from tests.runtime.conversing import letters
@@ -146,6 +149,13 @@ def test_a_model_with_a_llamas_parts_and_another_formula_is_found_out() -> None:
     assert "logits are" in engine(model).path
 
 
+def test_a_model_with_experts_behind_a_block_is_not_packed_past_them() -> None:
+    model = without_end(tiny_llama())
+    shape = ExpertsShape(after_block=1, experts=2, units=4, temperature=0.7, balance=0.01)
+    add_experts(model, shape, torch.arange(20).view(2, 10), seed=0)
+    assert "has a hook" in engine(model).path
+
+
 def test_weights_in_half_precision_give_nearly_the_same_log_probabilities() -> None:
     model = tiny_llama()
     several = prompts(4, 7)
@@ -154,6 +164,16 @@ def test_weights_in_half_precision_give_nearly_the_same_log_probabilities() -> N
         for answer in group:
             own = log_probs(model, prompt, answer)
             assert torch.tensor(answer.log_probs) == pytest.approx(own, abs=3e-2)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_model_in_bfloat16_is_decoded_in_it(name: str) -> None:
+    model = PACKED[name]().bfloat16()
+    made = engine(model)
+    assert "packed" in made.path and "bfloat16" in made.path
+    for prompt, (answer,) in zip(prompts(4), made.answer(prompts(4), 1, SAMPLED), strict=True):
+        own = log_probs(model, prompt, answer).float()
+        assert torch.tensor(answer.log_probs) == pytest.approx(own, abs=0.2)  # 8 bits
 
 
 def test_changed_matrices_count_from_the_next_refresh_on() -> None:
@@ -174,29 +194,38 @@ def test_a_model_in_training_answers_without_dropout_and_stays_in_training() -> 
     assert model.training
 
 
-class Adapter(nn.Module):
-    """What PEFT puts in a linear layer's place, as far as it can be seen."""
-
-    active_adapters, disable_adapters = ("mine",), False
-
-    def __init__(self, layer: nn.Linear, merged: bool) -> None:
-        super().__init__()
-        self.base_layer, self.merged = layer, merged
-
-    def get_base_layer(self) -> nn.Linear:
-        return self.base_layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x)
+def adapted_llama():
+    """A Llama with an adapter that changes what it says."""
+    adapted = adapt(tiny_llama(), AdapterShape(4, 8, "lora"), 0, Path())
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    return adapted
 
 
-def test_a_merged_adapter_is_read_through_and_an_unmerged_one_refused() -> None:
-    expected = engine(tiny_llama()).answer(prompts(5), 1, GREEDY)
-    model = tiny_llama()
-    mlp = model.model.layers[0].mlp
-    mlp.up_proj = Adapter(mlp.up_proj, merged=True)
-    made = engine(model)
-    assert made.answer(prompts(5), 1, GREEDY) == expected
-    mlp.up_proj.merged = False
-    with pytest.raises(ValueError, match=r"mine are not merged.*merge_adapter"):
+def test_a_merged_adapter_is_packed_and_stays_packed_when_it_is_taken_out_again() -> None:
+    adapted, several = adapted_llama(), prompts(5, 8)
+    with merged(adapted) as model:
+        made = engine(model)
+    assert "packed" in made.path
+    for prompt, (answer,) in zip(several, made.answer(several, 1, GREEDY), strict=True):
+        own = log_probs(adapted, prompt, answer)
+        assert torch.tensor(answer.log_probs) == pytest.approx(own, abs=1e-4)
+    without = engine(tiny_llama()).answer(several, 1, GREEDY)
+    assert made.answer(several, 1, GREEDY) != without
+
+
+def test_an_adapter_that_is_not_merged_is_refused() -> None:
+    adapted = adapted_llama()
+    with merged(adapted) as model:
+        made = engine(model)
+    with pytest.raises(ValueError, match=r"default are not merged.*merge_adapter"):
         made.refresh()
+
+
+def test_a_recurrent_model_answers_with_its_adapter() -> None:
+    adapted = adapt(tiny_mamba(), AdapterShape(4, 8, "lora"), 0, Path())
+    (answer,) = engine(adapted).answer(prompts(5), 1, GREEDY)[0]
+    own = log_probs(adapted, prompts(5)[0], answer)
+    assert torch.tensor(answer.log_probs) == pytest.approx(own, abs=1e-4)

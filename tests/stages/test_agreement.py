@@ -20,7 +20,13 @@ def checked(folder: Path, capsys, **changes: dict[str, Any]) -> tuple[int, str]:
 
 
 def capability(name: str, *conversations: str) -> dict[str, Any]:
-    return {"name": name, "conversations": list(conversations), "targets": [], "last_blocks": 0}
+    return {
+        "name": name,
+        "conversations": list(conversations),
+        "targets": [],
+        "last_blocks": 0,
+        "experts": None,
+    }
 
 
 def test_sections_that_agree_pass(tmp_path: Path, capsys) -> None:

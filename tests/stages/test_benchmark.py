@@ -28,7 +28,10 @@ from tests.stages.tiny_dag import StopAt
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mamba
 
 TOKENS = torch.arange(3 * 50).view(3, 50).mul(31).remainder(97)  # more than one chunk of logits
-PARAMS = Params(batch_rows=2, resamples=100, speed_rounds=1, drift_rows=2, seed=0)
+PARAMS = Params(
+    batch_rows=2, resamples=100, speed_rounds=1, drift_rows=2, capability="tools",
+    conversations=("arithmetic-tools",), problems=4, max_own_tokens=8, max_calls=1, seed=0,
+)  # fmt: skip
 
 
 def pruned(build: Callable, *dropped: int):

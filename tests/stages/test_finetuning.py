@@ -11,7 +11,7 @@ from stages.finetuning import Lesson, draw, finetune, mean_loss
 from stages.forgetting import Forgetting, Forgot, compare, require_kept, row_losses
 from tests.stages.lessons import rows
 from tests.stages.test_supervision import example
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_mamba
 
 SHAPE = AdapterShape(4, 8.0, "lora")
 COURSE = {
@@ -70,6 +70,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(tmp_path: Pa
 def test_packed_or_padded_the_same_is_learnt(tmp_path: Path) -> None:
     padded, packed = taught(tmp_path, steps=4), taught(tmp_path, steps=4, packing=True)
     assert padded[0] == pytest.approx(packed[0], rel=1e-3)
+
+
+def test_rows_are_not_packed_for_a_model_with_a_recurrent_state(tmp_path: Path) -> None:
+    adapted = adapt(tiny_mamba(), SHAPE, 0, tmp_path)
+    with pytest.raises(ValueError, match="Mamba.* takes no positions: .* packing to false"):
+        finetune(adapted, lesson(packing=True), Desk(tmp_path), "tools")
 
 
 def test_general_text_is_learnt_from_when_it_is_asked_for(tmp_path: Path) -> None:

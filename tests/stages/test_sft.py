@@ -29,7 +29,12 @@ def dag(tmp_path: Path) -> TinyDag:
 
 
 def capability(name: str = "tools", *conversations: str, **changed: Any) -> dict[str, Any]:
-    fields = {"conversations": list(conversations or (PLAIN,)), "targets": [], "last_blocks": 0}
+    fields = {
+        "conversations": list(conversations or (PLAIN,)),
+        "targets": [],
+        "last_blocks": 0,
+        "experts": None,
+    }
     return {"name": name, **fields, **changed}
 
 
@@ -158,17 +163,21 @@ def test_layers_that_the_student_does_not_have_are_named(dag: TinyDag) -> None:
     ("changes", "message"),
     [
         ({"capabilities": ()}, "name at least one"),
-        ({"capabilities": (Capability("a", ("b",), (), 0),) * 2}, "each once"),
+        ({"capabilities": (Capability("a", ("b",), (), 0, None),) * 2}, "each once"),
         ({"variant": "qlora"}, "must be one of lora, rslora, dora, pissa"),
         ({"rank": 0}, "'rank' is 0"),
     ],
 )
 def test_parameters_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
-    fields = {**PARAMS["sft"], "capabilities": (Capability("tools", (CALLED,), (), 0),), **changes}
+    fields = {
+        **PARAMS["sft"],
+        "capabilities": (Capability("tools", (CALLED,), (), 0, None),),
+        **changes,
+    }
     with pytest.raises(ValueError, match=message):
         Params(**fields)
 
 
 def test_a_capability_without_conversations_is_refused() -> None:
     with pytest.raises(ValueError, match="capability 'tools' has no 'conversations'"):
-        Capability("tools", (), (), 0)
+        Capability("tools", (), (), 0, None)
