@@ -139,13 +139,14 @@ def check_learning(named: Iterable[tuple[str, nn.Parameter]]) -> None:
         )
 
 
-def save_adapter(adapted: Adapted, folder: Path, start: Path) -> None:
+def save_adapter(adapted: Adapted, folder: Path, start: Path | None = None) -> None:
     """Write adapter_model.safetensors and adapter_config.json, for the model as it was before.
 
     PiSSA took its start out of the model's weights; it is written as the plain adapter of twice the
-    rank that makes up the difference (PEFT's conversion).
+    rank that makes up the difference (PEFT's conversion). start: the folder that `adapt` was given;
+    None for an adapter that was opened.
     """
-    has_start = (start / "adapter_config.json").is_file()
+    has_start = start is not None and (start / "adapter_config.json").is_file()
     adapted.save_pretrained(
         folder,
         selected_adapters=[adapted.active_adapter],

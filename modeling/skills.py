@@ -13,7 +13,7 @@ from modeling.lora import Adapted, open_adapted, open_merged, save_adapter
 from modeling.moe import CONFIG, find_experts, open_experts, save_experts
 
 
-def save_skill(adapted: Adapted, folder: Path, start: Path) -> None:
+def save_skill(adapted: Adapted, folder: Path, start: Path | None = None) -> None:
     """Write a model's adapter, as `save_adapter` does, and its experts, if it has any."""
     save_adapter(adapted, folder, start)
     if (experts := find_experts(adapted)) is not None:

@@ -18,31 +18,25 @@ writes   CAPABILITY/    a PEFT adapter of the student
 """
 
 import json
-from dataclasses import asdict
 
 from stages.contract import Job, Metrics, Stage
 from stages.grpo.params import Params, check_among
-
-BATCH_ROWS = 4  # of general text, where it is only measured
 
 
 def run(params: Params, job: Job) -> Metrics:
     """Reinforce, measure, decide; see the module's steps."""
     from modeling.lora import keep_reference, merged
-    from modeling.skills import open_skill, save_skill
+    from modeling.skills import open_skill
     from runtime.generation.engine import Engine
     from runtime.tools.dispatch import Tools
-    from stages.forgetting import compare, row_losses
     from stages.grpo.policy import Policy
     from stages.grpo.reinforcement import Reinforcement
-    from stages.probing import why_not
     from stages.problems import open_problems
     from stages.student import find_adapter, open_student
+    from stages.verdict import weigh, write_kept
 
     student = open_student(job.input("distill"), job.inputs("profile"), job.input("prepare"))
     problems = open_problems(job.input("prepare"), params.conversations, params.probe_problems)
-    general = student.heldout(params.general_text, params.heldout_rows)
-    before = row_losses(student.model, general, BATCH_ROWS)
     start = find_adapter(job.input("toolformer"), params.capability)
     adapted = open_skill(student.model, start, trains=True, experts_train=False)
     keep_reference(adapted, start)
@@ -50,37 +44,21 @@ def run(params: Params, job: Job) -> Metrics:
     state = job.resume(Reinforcement(policy, params))
     coach = make_coach(params, student)
     with Tools(log=job.folder / "calls.jsonl") as tools:
-        job.say(f"tools: {tools.level}")
+        level = tools.level
+        job.say(f"tools: {level}")
         with merged(adapted) as model:
             engine = Engine(model, student.tokenizer, tools)
         job.say(f"answers: {engine.path}")
         reinforce(state, coach, engine, problems, params, job)
-    with merged(adapted) as model:
-        forgetting = compare(before, row_losses(model, general, BATCH_ROWS))
-        drift = student.drift(model, general[:BATCH_ROWS])
-    reason = why_not(
-        state.probes[0], state.probes[-1], forgetting, params.forgetting, params.general_text
-    )
-    job.say(f"the adapter of toolformer stays: {reason}" if reason else "the policy is kept")
-    kept = open_skill(student.untouched, start) if reason else adapted
-    save_skill(kept, job.output / params.capability, job.folder / "start")
-    facts = {
-        "reverted": reason,
-        "probes": [{**vars(probe), "share": str(probe.share)} for probe in state.probes],
-        "general": asdict(forgetting),
-        "drift": drift,
-    }
+    rows = student.heldout(params.general_text, params.heldout_rows)
+    verdict = weigh(student, adapted, state.probes, params.general_text, rows, params.forgetting)
+    stays = f"the adapter of toolformer stays: {verdict.reason}"
+    job.say(stays if verdict.reason else "the policy is kept")
+    write_kept(verdict, student, adapted, start, job.output / params.capability)
+    facts = {"tools": level, **verdict.facts}
     (job.output / "grpo.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    first, last = state.probes[0], state.probes[-1]
-    return {
-        "kept": float(reason is None),
-        "probe_right_before": round(first.share.value, 6),
-        "probe_right": round(last.share.value, 6),
-        "probe_own_tokens_before": round(first.own_tokens, 4),
-        "probe_own_tokens": round(last.own_tokens, 4),
-        "perplexity_ratio": round(forgetting.ratio, 6),
-        **({"drift": round(max(drift.values()), 6)} if drift else {}),
-    }
+    job.show("grpo.json")
+    return verdict.metrics
 
 
 def make_coach(params: Params, student):

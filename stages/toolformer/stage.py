@@ -7,8 +7,8 @@ Steps:
      (usefulness.py)
   4. train on the texts with the kept calls in their places, beside as many of sft's conversations;
      masked are what tools gave and numbers that could only be recited (stages/number_masking.py)
-  5. keep what was learnt, or revert to the adapter of step 1 and say so: when fewer probes are
-     right than the interval of before allows for, or general text was forgotten
+  5. keep what was learnt, or revert to the adapter of step 1 and say so: when no call was kept,
+     fewer probes are right than the interval of before allows for, or general text was forgotten
 
 Steps 2 and 3 are done again after an interruption; step 4 goes on from its checkpoint.
 
@@ -27,7 +27,6 @@ from dataclasses import asdict
 from stages.contract import Job, Metrics, Stage
 from stages.toolformer.params import Params, check_among
 
-BATCH_ROWS = 4  # of general text, where it is only measured
 MOST_OWN, MOST_CALLS = 128, 8  # of an answer to a probe
 CALL_TOKENS = 48  # of a call that is proposed
 
@@ -35,57 +34,47 @@ CALL_TOKENS = 48  # of a call that is proposed
 def run(params: Params, job: Job) -> Metrics:
     """Propose, filter, train, decide; see the module's steps."""
     from modeling.lora import merged
-    from modeling.skills import open_skill, save_skill
+    from modeling.skills import open_skill
     from runtime.generation.engine import Engine
     from runtime.tools.dispatch import Tools
     from stages.finetuning import finetune
-    from stages.forgetting import compare, row_losses
-    from stages.probing import ask, why_not
+    from stages.probing import ask
     from stages.problems import open_problems
     from stages.student import find_adapter, open_student
     from stages.toolformer.report import write_samples
+    from stages.verdict import weigh, write_kept
 
     student = open_student(job.input("distill"), job.inputs("profile"), job.input("prepare"))
     start = find_adapter(job.input("sft"), params.capability)
     adapted = open_skill(student.model, start, trains=True)
     problems = open_problems(job.input("prepare"), params.conversations, params.probe_problems)
-    general = student.heldout(params.general_text, params.heldout_rows)
-    rows_before = row_losses(student.untouched, general, BATCH_ROWS)
     with Tools(params.tools, log=job.folder / "calls.jsonl") as tools:
         job.say(f"tools: {tools.level}")
         with merged(adapted) as model:
             engine = Engine(model, student.tokenizer, tools)
             found = find_calls(model, engine, student.tokenizer, params, job)
-        before = ask(engine, adapted, problems.probes, 0, MOST_OWN, MOST_CALLS)
-        lesson = make_lesson(found.told, params, job, student.tokenizer)
-        rollbacks = finetune(adapted, lesson, job, params.capability)
-        after = ask(engine, adapted, problems.probes, params.steps, MOST_OWN, MOST_CALLS)
-    with merged(adapted) as model:
-        forgetting = compare(rows_before, row_losses(model, general, BATCH_ROWS))
-        drift = student.drift(model, general[:BATCH_ROWS])
-    reason = why_not(before, after, forgetting, params.forgetting, params.general_text)
-    job.say(f"the adapter of sft stays: {reason}" if reason else "what was learnt is kept")
-    kept = open_skill(student.untouched, start) if reason else adapted
-    save_skill(kept, job.output / params.capability, job.folder / "start")
+        level = tools.level
+        before = after = ask(engine, adapted, problems.probes, 0, MOST_OWN, MOST_CALLS)
+        rollbacks = []
+        if found.told:
+            lesson = make_lesson(found.told, params, job, student.tokenizer)
+            rollbacks = finetune(adapted, lesson, job, params.capability)
+            after = ask(engine, adapted, problems.probes, params.steps, MOST_OWN, MOST_CALLS)
+    rows = student.heldout(params.general_text, params.heldout_rows)
+    useless = f"no call made what follows likelier by {params.threshold:g} nats"
+    verdict = weigh(
+        student, adapted, (before, after), params.general_text, rows, params.forgetting,
+        None if found.told else useless,
+    )  # fmt: skip
+    job.say(f"the adapter of sft stays: {verdict.reason}" if verdict.reason else "learnt and kept")
+    write_kept(verdict, student, adapted, start, job.output / params.capability)
     write_samples(found, job.output / "samples.md")
-    job.show("samples.md")
-    facts = {
-        "reverted": reason,
-        **found.counts,
-        "probes": [{**vars(probe), "share": str(probe.share)} for probe in (before, after)],
-        "general": asdict(forgetting),
-        "drift": drift,
-        "rollbacks": [asdict(back) for back in rollbacks],
-    }
+    facts = {"tools": level, **found.counts, **verdict.facts}
+    facts["rollbacks"] = [asdict(back) for back in rollbacks]
     (job.output / "toolformer.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    return {
-        **found.counts,
-        "adapter_kept": float(reason is None),
-        "probe_right_before": round(before.share.value, 6),
-        "probe_right": round(after.share.value, 6),
-        "perplexity_ratio": round(forgetting.ratio, 6),
-        **({"drift": round(max(drift.values()), 6)} if drift else {}),
-    }
+    job.show("samples.md")
+    job.show("toolformer.json")
+    return {**found.counts, **verdict.metrics}
 
 
 def find_calls(model, engine, tokenizer, params: Params, job: Job):
@@ -113,17 +102,11 @@ def find_calls(model, engine, tokenizer, params: Params, job: Job):
         params.most_tokens,
     )  # fmt: skip
     kept = keep_best(judged, params.threshold)
-    found = Found(texts, written, judged, kept, with_calls(texts, kept, write_result))
     job.say(
         f"of {written} calls written at {len(places)} places of {len(texts)} texts, "
         f"{len(proposals)} different ones gave a result and {len(kept)} were kept"
     )
-    if not kept:
-        raise ValueError(
-            "no call made what follows likelier by the threshold; lower 'threshold' or "
-            "'place_probability', raise 'tries' or 'most_texts', or train sft for longer"
-        )
-    return found
+    return Found(texts, written, judged, kept, with_calls(texts, kept, write_result))
 
 
 def make_lesson(told: list, params: Params, job: Job, tokenizer):

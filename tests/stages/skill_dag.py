@@ -39,7 +39,10 @@ PARAMS: dict[str, dict[str, Any]] = {
     "sft": {
         **COURSE,
         "capabilities": [
-            {"name": "tools", "conversations": [CALLED], "targets": [], "last_blocks": 0, "experts": None}
+            {
+                "name": "tools", "conversations": [CALLED], "targets": [], "last_blocks": 0,
+                "experts": None,
+            }
         ],
         "rank": 2, "alpha": 4.0, "variant": "lora",
     },

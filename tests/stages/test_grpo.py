@@ -52,12 +52,12 @@ def test_it_writes_an_adapter_that_opens_and_its_probes(done) -> None:
     open_merged(student(), dag.root / "artifacts/grpo/tools")
     assert published[WEIGHTS] != dag.published("toolformer")[WEIGHTS]
     assert set(metrics) == {
-        "kept", "probe_right_before", "probe_right", "probe_own_tokens_before",
+        "adapter_kept", "probe_right_before", "probe_right", "probe_own_tokens_before",
         "probe_own_tokens", "perplexity_ratio", "drift",
     }  # fmt: skip
     assert all(math.isfinite(value) for value in metrics.values())
     facts = json.loads(published["grpo.json"])
-    assert facts["reverted"] is None and metrics["kept"] == 1
+    assert facts["reverted"] is None and metrics["adapter_kept"] == 1
     assert [probe["step"] for probe in facts["probes"]] == [0, 2, 3]  # every second, and the last
 
 
@@ -101,7 +101,7 @@ def test_interrupted_and_resumed_it_gives_the_same_bytes(done, tmp_path: Path) -
 def test_when_fewer_probes_are_right_the_adapter_of_toolformer_stays(dag: TinyDag, capsys) -> None:
     dag.set("grpo", learning_rate=1.0)
     metrics = dag.run("grpo")
-    assert metrics["kept"] == 0
+    assert metrics["adapter_kept"] == 0
     assert metrics["probe_right"] < metrics["probe_right_before"] == 1
     assert dag.published("grpo")[WEIGHTS] == dag.published("toolformer")[WEIGHTS]
     assert "the adapter of toolformer stays: of the probes 0.0% [" in capsys.readouterr().out
@@ -110,7 +110,7 @@ def test_when_fewer_probes_are_right_the_adapter_of_toolformer_stays(dag: TinyDa
 
 def test_when_text_is_forgotten_the_adapter_of_toolformer_stays(dag: TinyDag, capsys) -> None:
     dag.set("grpo", forgetting=0.0, learning_rate=3e-3, steps=1)
-    assert dag.run("grpo")["kept"] == 0
+    assert dag.run("grpo")["adapter_kept"] == 0
     assert dag.published("grpo")[WEIGHTS] == dag.published("toolformer")[WEIGHTS]
     assert "the adapter of toolformer stays: perplexity of docs is x" in capsys.readouterr().out
 
