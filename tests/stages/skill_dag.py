@@ -35,15 +35,27 @@ COURSE = {
     "validate_every": 2, "spike": 3.0, "regression": 1.0, "forgetting": 0.5, "fast_path": True,
     "seed": 0, "general_text": GENERAL, "heldout_rows": 4,
 }  # fmt: skip
+
+
+def capability(name: str, *conversations: str, **changed: Any) -> dict[str, Any]:
+    """An entry of sft.capabilities: an adapter on all layers, no experts."""
+    fields = {"name": name, "conversations": [*conversations], "targets": [], "last_blocks": 0}
+    return {**fields, "experts": None, **changed}
+
+
 PARAMS: dict[str, dict[str, Any]] = {
     "sft": {
         **COURSE,
+<<<<<<< HEAD
         "capabilities": [
             {
                 "name": "tools", "conversations": [CALLED], "targets": [], "last_blocks": 0,
                 "experts": None,
             }
         ],
+=======
+        "capabilities": [capability("tools", CALLED)],
+>>>>>>> wt-skilltests
         "rank": 2, "alpha": 4.0, "variant": "lora",
     },
     "toolformer": {

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from stages.__main__ import BAD_INPUT, DONE, check_all_params
+from tests.stages.skill_dag import capability
 from tests.tiny import REPOSITORY
 
 
@@ -17,16 +18,6 @@ def checked(folder: Path, capsys, **changes: dict[str, Any]) -> tuple[int, str]:
         params[section] |= values
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
     return check_all_params(folder / "params.yaml"), capsys.readouterr().err
-
-
-def capability(name: str, *conversations: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "conversations": list(conversations),
-        "targets": [],
-        "last_blocks": 0,
-        "experts": None,
-    }
 
 
 def test_sections_that_agree_pass(tmp_path: Path, capsys) -> None:

@@ -17,25 +17,24 @@ from stages.sft.params import VARIANTS, Capability, Params
 from stages.student import open_student
 from stages.supervision import encode, lay_out
 from tests.runtime.conversing import letters
-from tests.stages.skill_dag import CALLED, HELD_OUT, PARAMS, PLAIN, in_the_head, make_skill_dag
+from tests.stages.skill_dag import (
+    CALLED,
+    HELD_OUT,
+    PARAMS,
+    PLAIN,
+    capability,
+    in_the_head,
+    make_skill_dag,
+)
 from tests.stages.tiny_dag import TEACHER, StopAt, TinyDag
 
 QUICK = {"learning_rate": 3e-2, "steps": 8, "forgetting": 10.0}  # learns much, and forgets
+EXPERTS = {"after_block": 1, "experts": 2, "units": 4, "temperature": 0.7, "balance": 0.01}
 
 
 @pytest.fixture
 def dag(tmp_path: Path) -> TinyDag:
     return make_skill_dag(tmp_path)
-
-
-def capability(name: str = "tools", *conversations: str, **changed: Any) -> dict[str, Any]:
-    fields = {
-        "conversations": list(conversations or (PLAIN,)),
-        "targets": [],
-        "last_blocks": 0,
-        "experts": None,
-    }
-    return {"name": name, **fields, **changed}
 
 
 def reopened(dag: TinyDag):
@@ -60,7 +59,7 @@ def student_with(dag: TinyDag, edit) -> None:
 def test_an_adapter_teaches_and_opens_again_with_the_loss_that_was_reported(
     dag: TinyDag, variant: str
 ) -> None:
-    dag.set("sft", **QUICK, capabilities=[capability()], variant=variant)
+    dag.set("sft", **QUICK, capabilities=[capability("tools", PLAIN)], variant=variant)
     metrics = dag.run("sft")
     assert metrics["tools.heldout_loss"] < 0.7 * metrics["tools.heldout_loss_before"]
     model = open_merged(reopened(dag).model, dag.root / "artifacts/sft/tools")
@@ -104,7 +103,11 @@ def test_an_adapter_says_nothing_of_the_process_and_the_folder_it_was_made_in(da
 
 
 def test_interrupted_and_resumed_it_gives_the_same_bytes(dag: TinyDag) -> None:
-    dag.set("sft", capabilities=[capability("tools", CALLED), capability("sums")], variant="pissa")
+    dag.set(
+        "sft",
+        capabilities=[capability("tools", CALLED), capability("sums", PLAIN, experts=EXPERTS)],
+        variant="pissa",
+    )
     dag.run("sft")
     published = dag.published("sft")
     shutil.rmtree(dag.root / "scratch")
@@ -139,7 +142,12 @@ def test_long_conversations_are_left_out_and_too_few_refused(dag: TinyDag, capsy
 
 
 def test_an_adapter_that_forgets_too_much_is_refused_with_the_figures(dag: TinyDag) -> None:
-    dag.set("sft", **{**QUICK, "forgetting": 0.0}, general_rows=0, capabilities=[capability()])
+    dag.set(
+        "sft",
+        **{**QUICK, "forgetting": 0.0},
+        general_rows=0,
+        capabilities=[capability("tools", PLAIN)],
+    )
     with pytest.raises(Forgot, match="adapter 'tools': perplexity of general text is x.* at most"):
         dag.run("sft")
     assert not (dag.root / "artifacts/sft").exists()
@@ -148,13 +156,13 @@ def test_an_adapter_that_forgets_too_much_is_refused_with_the_figures(dag: TinyD
 def test_an_adapter_that_learns_nothing_is_refused(dag: TinyDag) -> None:
     """Behind an output of zeros no gradient comes through."""
     student_with(dag, lambda model: model.model.layers[1].self_attn.o_proj.weight.zero_())
-    dag.set("sft", capabilities=[capability(targets=["v_proj"])])
+    dag.set("sft", capabilities=[capability("tools", PLAIN, targets=["v_proj"])])
     with pytest.raises(DeadAdapter, match=r"1 of 2 adapted layers get no gradient.*layers\.1"):
         dag.run("sft")
 
 
 def test_layers_that_the_student_does_not_have_are_named(dag: TinyDag) -> None:
-    dag.set("sft", capabilities=[capability(targets=["x_proj"])])
+    dag.set("sft", capabilities=[capability("tools", PLAIN, targets=["x_proj"])])
     with pytest.raises(ValueError, match="x_proj; LlamaForCausalLM has .*q_proj"):
         dag.run("sft")
 
