@@ -46,16 +46,7 @@ def capability(name: str, *conversations: str, **changed: Any) -> dict[str, Any]
 PARAMS: dict[str, dict[str, Any]] = {
     "sft": {
         **COURSE,
-<<<<<<< HEAD
-        "capabilities": [
-            {
-                "name": "tools", "conversations": [CALLED], "targets": [], "last_blocks": 0,
-                "experts": None,
-            }
-        ],
-=======
         "capabilities": [capability("tools", CALLED)],
->>>>>>> wt-skilltests
         "rank": 2, "alpha": 4.0, "variant": "lora",
     },
     "toolformer": {

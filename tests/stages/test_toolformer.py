@@ -55,7 +55,7 @@ def test_it_writes_an_adapter_its_figures_and_samples_to_check(done) -> None:
     assert set(metrics) == {
         "texts", "calls_written", "calls_judged", "calls_kept", "texts_with_calls",
         "calls_to_the_point", "adapter_kept", "probe_right_before", "probe_right",
-        "perplexity_ratio", "drift",
+        "probe_own_tokens_before", "probe_own_tokens", "perplexity_ratio", "drift",
     }  # fmt: skip
     assert all(math.isfinite(value) for value in metrics.values())
     facts = json.loads(published["toolformer.json"])
