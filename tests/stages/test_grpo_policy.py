@@ -61,8 +61,8 @@ def test_the_gradient_is_that_of_a_dense_computation(policy: Policy, loss: str) 
         }
         apart = t.reference - new
         kl = apart.exp() - apart - 1
-        gain = (new - new.detach()).exp() * t.advantage
-        total = total + ((BETA * kl - gain) * weight[loss]).sum()
+        ratio = (new - new.detach()).exp()
+        total = total + (ratio * (BETA * kl - t.advantage) * weight[loss]).sum()
     total.backward()
     assert seen["loss"] == pytest.approx(total.item(), rel=1e-4, abs=1e-6)
     for a, b in zip(ours, gradients(policy), strict=True):
