@@ -16,7 +16,7 @@ from modeling.lora import Adapted, AdapterShape, adapt, open_adapted, save_adapt
 from stages.finetuning import rows_loss
 from stages.prepare.word_problems import training_problems
 from stages.process import keep_freed_memory
-from stages.supervision import Example, encode, lay_out
+from stages.supervision import Example, Rows, SharedRows, encode, lay_out, share, side_by_side
 from stages.training import TrainState
 
 STUDENT, SHAPE = "smollm2-135m", AdapterShape(16, 32.0, "lora")
@@ -39,9 +39,10 @@ def main(name: str, folder: Path) -> None:
         if name == "TRL":
             take = trl_step(adapted, folder)
         else:
-            if name == "ours":
+            fast = name == "ours"
+            if fast:
                 stack.enter_context(fast_path(adapted.get_base_model(), tell))
-            take = our_step(adapted, folder)
+            take = our_step(adapted, folder, shares=fast)
 
         def step(number: int) -> Figures:
             first = number % BATCHES * BATCH
@@ -76,15 +77,20 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def our_step(adapted: Adapted, folder: Path) -> Callable[[list[Example]], float]:
+def our_step(adapted: Adapted, folder: Path, shares: bool) -> Callable[[list[Example]], float]:
     """A step of stages/finetuning.py, without general text, validation and checkpoints."""
     training = TrainState(trainable(adapted), RATE, STEPS)
     model, pad = adapted.get_base_model(), open_tokenizer(folder / "student").eos_token_id
 
+    def laid_out(batch: list[Example]) -> list[Rows | SharedRows]:
+        if not shares:
+            return list(lay_out(batch, pad, MOST_TOKENS, packs=False))
+        return [share([batch[n] for n in group]) for group in side_by_side(batch, MOST_TOKENS)]
+
     def step(batch: list[Example]) -> float:
         counted = sum(sum(example.counted) for example in batch)
         total = 0.0
-        for rows in lay_out(batch, pad, MOST_TOKENS, packs=False):
+        for rows in laid_out(batch):
             loss = rows_loss(model, rows) / counted
             loss.backward()
             total += loss.item()
@@ -113,13 +119,17 @@ def trl_step(adapted: Adapted, folder: Path) -> Callable[[list[Example]], float]
     trainer.current_gradient_accumulation_steps = 1  # its own loop, which is left out, sets it
 
     def step(batch: list[Example]) -> float:
-        inputs = trainer.data_collator([
-            {
-                "input_ids": list(example.tokens),
-                "labels": [t if c else -100 for t, c in zip(example.tokens, example.counted)],
-            }
-            for example in batch
-        ])
+        inputs = trainer.data_collator(
+            [
+                {
+                    "input_ids": list(example.tokens),
+                    "labels": [
+                        t if c else -100 for t, c in zip(*vars(example).values(), strict=True)
+                    ],
+                }
+                for example in batch
+            ]
+        )
         counted = (inputs["labels"] != -100).sum()
         loss = trainer.training_step(trainer.model, inputs, counted)
         torch.nn.utils.clip_grad_norm_(adapted.parameters(), CLIP)

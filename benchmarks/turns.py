@@ -106,5 +106,3 @@ class Stopwatch:
     def read(self) -> tuple[float, float]:
         """Processor and wall seconds."""
         return time.process_time() - self._processor, time.perf_counter() - self._wall
-
-

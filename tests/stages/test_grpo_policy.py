@@ -24,15 +24,15 @@ def traces() -> list[Trace]:
     return [trace(9, 1.0), trace(12, -0.5, 3), trace(7, 0.7, 11), trace(12, -1.2, 40)]
 
 
-@pytest.fixture
-def policy(tmp_path: Path) -> Policy:
+@pytest.fixture(params=[False, True], ids=["padded", "shared"])
+def policy(request: pytest.FixtureRequest, tmp_path: Path) -> Policy:
     adapted = adapt(tiny_llama(), AdapterShape(4, 8.0, "lora"), 0, tmp_path / "start")
     for name, parameter in trainable(adapted):  # no longer nothing
         if "lora_B" in name:
             parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
     save_adapter(adapted, tmp_path / "adapter", tmp_path / "start")
     keep_reference(adapted, tmp_path / "adapter")
-    return Policy(adapted, 0, 24, 0.7)
+    return Policy(adapted, 0, 24, 0.7, request.param)
 
 
 def gradients(policy: Policy) -> list[torch.Tensor]:

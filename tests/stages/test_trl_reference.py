@@ -20,7 +20,7 @@ from modeling.fast_path import fast_path
 from modeling.lora import Adapted, AdapterShape, adapt, open_adapted, save_adapter, trainable
 from stages.finetuning import rows_loss
 from stages.grpo.policy import Policy, Trace, accumulate
-from stages.supervision import Example, lay_out
+from stages.supervision import Example, lay_out, share
 from tests.modeling.test_export import VOCABULARY, saved
 from tests.modeling.vocabularies import trained_bpe
 from tests.tiny import REPOSITORY, tiny_llama
@@ -97,8 +97,9 @@ def traces(policy: Policy) -> list[Trace]:
     """Answers; old and reference are far enough from the policy to clip some of the ratios."""
     torch.manual_seed(2)
     found = []
+    prompts = {asked: torch.randint(1, VOCABULARY, (asked,)).tolist() for asked, _ in LENGTHS}
     for (asked, said), inserted, advantage in zip(LENGTHS, INSERTED, ADVANTAGES, strict=True):
-        tokens = torch.randint(1, VOCABULARY, (asked + said,)).tolist()
+        tokens = prompts[asked] + torch.randint(1, VOCABULARY, (said,)).tolist()
         own = (place not in inserted for place in range(said))
         example = Example(tuple(tokens), (False,) * asked + tuple(own))
         found.append(Trace(example, advantage))
@@ -111,7 +112,7 @@ def traces(policy: Policy) -> list[Trace]:
 
 
 def policy_of(folder: Path, temperature: float) -> Policy:
-    return Policy(opened(folder), PAD, MOST_TOKENS, temperature)
+    return Policy.of(opened(folder), PAD, MOST_TOKENS, temperature)
 
 
 def trl_batch(folder: Path) -> dict[str, Tensor]:
@@ -179,17 +180,18 @@ def test_the_loss_of_grpo_and_its_gradients_are_trl_s(theirs: Theirs, number: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_loss_of_sft_and_its_gradients_are_trl_s(
-    theirs: Theirs, packs: bool, fast: bool
+    theirs: Theirs, layout: str, fast: bool
 ) -> None:
     policy = policy_of(theirs.folder, 1.0)
     examples = [trace.example for trace in traces(policy)]
     counted = sum(sum(example.counted) for example in examples)
+    laid_out = lay_out(examples, PAD, MOST_TOKENS, layout == "packed")
     loss = 0.0
     with fast_path(policy.model, print) if fast else nullcontext():
-        for rows in lay_out(examples, PAD, MOST_TOKENS, packs):
+        for rows in [share(examples)] if layout == "shared" else laid_out:
             part = rows_loss(policy.model, rows) / counted
             part.backward()
             loss += part.item()
