@@ -4,7 +4,7 @@
     .venv/bin/python -m benchmarks.trl_sft --trl-python TRL/bin/python [--rounds 5]
 
     ours       stages/finetuning with sft.fast_path, as the stage runs
-    ours, own  the same with sft.fast_path: false
+    ours, own  the same with sft.fast_path: false (--own)
     TRL        SFTTrainer: 16 rows padded to the longest, labels on the counted tokens alone, its
                chunked cross-entropy, fused AdamW, no gradient checkpointing. Its padding-free
                batches and packing need flash attention, which no CPU has.
@@ -34,9 +34,12 @@ def main() -> None:
     add = parser.add_argument
     add("--trl-python", required=True, help="a Python that has trl and this project's packages")
     add("--rounds", type=int, default=5, help="steps of each that count (5)")
+    add("--own", action="store_true", help="ours with transformers' own code too")
     add("--warm-up", type=int, default=1, help="steps before, which do not (1)")
     options = parser.parse_args()
-    pythons = {"ours": sys.executable, "ours, own": sys.executable, "TRL": options.trl_python}
+    pythons = {"ours": sys.executable, "TRL": options.trl_python}
+    if options.own:
+        pythons["ours, own"] = sys.executable
     with tempfile.TemporaryDirectory(prefix="trl-sft-") as folder:
         prepare(SIDES, folder)
         steps, memory = take_turns(SIDES, pythons, folder, options.warm_up, options.rounds)

@@ -52,6 +52,7 @@ def take_turns(
     for number in range(warm_up + rounds):
         for name, side in sides.items():
             figures = json.loads(_ask(side, name, str(number)))
+            print(f"{number} {name}: {figures}", file=sys.stderr, flush=True)
             if number >= warm_up:
                 steps[name].append(figures)
     memory = {name: float(_ask(side, name, "memory")) for name, side in sides.items()}
