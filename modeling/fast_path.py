@@ -102,7 +102,8 @@ def _replacement(module: nn.Module, say: Say) -> Forward | None:
         sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in signature) == 1
     )
     forward, width = find(module) if takes_one else (None, 0)
-    if forward is None or not _agree(module, find, width):
+    known = find is _layer_forward  # its parts tell all that it computes
+    if forward is None or not (known or _agree(module, find, width)):
         say(f"{type(module).__name__} has another formula, activation, bias or input")
         return None
     return forward
