@@ -14,6 +14,12 @@ batches of 16 arithmetic problems with tools. A step is loss, gradients, clippin
 TRL's is `training_step`, `clip_grad_norm_` and `optimizer.step`, without its data loading and
 logging. benchmarks/turns.py says how the sides are measured. tests/stages/test_trl_reference.py
 shows that losses and gradients are the same; the first losses are printed here.
+
+Measured (AVX2, one thread, float32, the core shared with other work, 2 steps, none to warm up):
+ours 19.0 and 17.7 s, TRL 66.4 and 33.2 s: 3.5 and 1.9 times as long; 3,377 MB against 12,674 MB.
+The first batch has a long conversation, which TRL pads all 16 to: 3,296 tokens, of which 1,957 are
+real and 1,582 are left when the common 25 are computed once. The head is computed for 852 of
+them, by TRL for all. First losses: 2.520400 and 2.520400.
 """
 
 import argparse
