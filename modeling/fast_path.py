@@ -10,6 +10,7 @@ keeps its own code. What keeps it is said once, by name. What is used is a matte
 never of a timing, so that a machine computes the same today and tomorrow:
 
     RMSNorm, gated MLP   every type
+    layers with adapters every type, where the layer itself is frozen (modeling/adapted_kernels.py)
     Mamba's scan         every type (modeling/scan.py)
     attention            bfloat16, rows of up to MOST_TOKENS; torch's flash kernel is as fast in
                          float32, and faster on long rows
@@ -39,11 +40,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from modeling.adapted_kernels import Adapted, adapted_layer, adapted_linear, adapted_mlp
 from modeling.cpu_kernels import causal_attention, gated_mlp, rms_norm
 from modeling.scan import fast_scan, mixers_of
 
 ATTENTION = "nanofoundry_causal"  # the name in transformers' registry
 MOST_TOKENS = 256  # a row, where plain products still beat the flash kernel
+MLP = ("gate_proj", "up_proj", "down_proj")
 HARMLESS = ("position_ids", "use_cache", "cache_position", "sliding_window")  # the mask has them
 PROBE_ROWS, TOLERANCE = 4, 1e-5
 
@@ -85,16 +88,22 @@ def _replacement(module: nn.Module, say: Say) -> Forward | None:
     """A forward of ours for a module that it fits; None for every other."""
     if type(module).__name__.endswith("RMSNorm"):
         find = _norm_forward
-    elif {"gate_proj", "up_proj", "down_proj"} <= dict(module.named_children()).keys():
+    elif set(MLP) <= dict(module.named_children()).keys():
         find = _mlp_forward
+    elif hasattr(module, "lora_A"):
+        find = _layer_forward
     else:
         return None
     if "forward" in vars(module):
         say(f"the forward of {type(module).__name__} is replaced already")
         return None
-    takes_one = len(inspect.signature(module.forward).parameters) == 1  # no gate beside it
+    signature = inspect.signature(module.forward).parameters.values()
+    takes_one = (
+        sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in signature) == 1
+    )
     forward, width = find(module) if takes_one else (None, 0)
-    if forward is None or not _agree(module, find, width):
+    known = find is _layer_forward  # its parts tell all that it computes
+    if forward is None or not (known or _agree(module, find, width)):
         say(f"{type(module).__name__} has another formula, activation, bias or input")
         return None
     return forward
@@ -114,16 +123,43 @@ def _run_norm(norm: nn.Module, epsilon: float, hidden: Tensor) -> Tensor:
 
 
 def _mlp_forward(mlp: nn.Module) -> tuple[Forward | None, int]:
-    """Our forward of a gated MLP, and its width; None unless it is three bare matrices."""
-    matrices = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    bare = all(type(linear) is nn.Linear and linear.bias is None for linear in matrices)
-    if not bare or len(list(mlp.parameters())) != len(matrices):
+    """Our forward of a gated MLP, and its width; None unless it is three layers without a bias."""
+    layers = [adapted_layer(getattr(mlp, name)) for name in MLP]
+    plain = all(layer is not None and layer.bias is None for layer in layers)
+    if not plain or {name.partition(".")[0] for name, _ in mlp.named_parameters()} != set(MLP):
         return None, 0
-    return partial(_run_mlp, mlp), mlp.gate_proj.in_features
+    return partial(_run_mlp, mlp, type(mlp).forward), layers[0].weight.shape[1]
 
 
-def _run_mlp(mlp: nn.Module, hidden: Tensor) -> Tensor:
-    return gated_mlp(hidden, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+def _run_mlp(mlp: nn.Module, own: Callable, hidden: Tensor) -> Tensor:
+    layers = [adapted_layer(getattr(mlp, name)) for name in MLP]  # adapters come and go
+    if all(layer is not None and layer.down is None for layer in layers):
+        return gated_mlp(hidden, *(layer.weight for layer in layers))
+    if not all(_is_frozen(layer, hidden) for layer in layers):
+        return own(mlp, hidden)
+    return adapted_mlp(hidden, *layers)
+
+
+def _layer_forward(module: nn.Module) -> tuple[Forward | None, int]:
+    """Our forward of a linear layer with an adapter, and its input width; None for another kind."""
+    layer = adapted_layer(module)
+    if layer is None:
+        return None, 0
+    return partial(_run_layer, module, type(module).forward), layer.weight.shape[1]
+
+
+def _run_layer(module: nn.Module, own: Callable, hidden: Tensor) -> Tensor:
+    layer = adapted_layer(module)
+    if not _is_frozen(layer, hidden) or layer.down is None:
+        return own(module, hidden)
+    return adapted_linear(hidden, layer)
+
+
+def _is_frozen(layer: Adapted | None, hidden: Tensor) -> bool:
+    """Whether only the adapter of a layer learns, in the type that comes in."""
+    if layer is None or layer.weight.requires_grad:
+        return False
+    return layer.down is None or layer.down.dtype == hidden.dtype
 
 
 @torch.no_grad()

@@ -9,10 +9,12 @@ logits again: one more product with the head instead of N x V numbers kept.
 Letters: N tokens, D hidden width, V vocabulary, T temperature.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from modeling.losses import CHUNK_TOKENS
+from modeling.losses import CHUNK_TOKENS, ROWS
 
 
 def token_log_probs(
@@ -29,18 +31,21 @@ def token_log_probs(
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, chosen, temperature):
-        found, entropies = [], []
-        for part, ids in zip(hidden.split(CHUNK_TOKENS), chosen.split(CHUNK_TOKENS), strict=True):
-            log_probs = _log_softmax(part, head, temperature)
-            found.append(log_probs.gather(-1, ids[:, None])[:, 0])
-            entropies.append(-(log_probs.exp() * log_probs).sum(-1))
+        found = hidden.new_empty(len(hidden), dtype=torch.float32)
+        entropy = torch.empty_like(found)
+        for rows, logits in _chunks(hidden, head, temperature):
+            y = logits.float()
+            of_chosen = y.gather(-1, chosen[rows, None])
+            largest = y.amax(-1, keepdim=True)
+            e = (y - largest).exp_()
+            total = e.sum(-1, keepdim=True)
+            log_z = total.log() + largest
+            found[rows] = (of_chosen - log_z)[:, 0]
+            entropy[rows] = (log_z - e.mul_(y).sum(-1, keepdim=True) / total)[:, 0]
         ctx.save_for_backward(hidden, head, chosen)
         ctx.temperature = temperature
-        if not found:
-            return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0)
-        entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(found), entropy
+        return found, entropy
 
     @staticmethod
     def backward(ctx, upstream, _entropy):
@@ -48,13 +53,29 @@ class _TokenLogProbs(torch.autograd.Function):
         gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            weight = upstream[part, None] / ctx.temperature  # (n, 1)
-            by_logits = _log_softmax(hidden[part], head, ctx.temperature).exp_().mul_(-weight)
-            by_logits.scatter_add_(-1, chosen[part, None], weight)
-            gradient[part] = by_logits.to(head.dtype) @ head
+            by_logits = hidden[part] @ head.T
+            for rows in _tiles(start, len(by_logits), hidden.device):
+                place = by_logits[rows.start - start : rows.stop - start]
+                weight = upstream[rows, None] / ctx.temperature  # (n, 1)
+                e = place.float().div_(ctx.temperature)
+                e.sub_(e.amax(-1, keepdim=True)).exp_()
+                e.mul_(-weight / e.sum(-1, keepdim=True))
+                e.scatter_add_(-1, chosen[rows, None], weight)
+                place.copy_(e)
+            torch.mm(by_logits, head, out=gradient[part])
         return gradient, None, None, None
 
 
-def _log_softmax(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities of (n, D): (n, V) float32."""
-    return (hidden @ head.T).float().div_(temperature).log_softmax(-1)
+def _chunks(hidden: Tensor, head: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    """Logits by the temperature of a few rows at a time, and which these are."""
+    for start in range(0, len(hidden), CHUNK_TOKENS):
+        logits = hidden[start : start + CHUNK_TOKENS] @ head.T
+        for rows in _tiles(start, len(logits), hidden.device):
+            yield rows, logits[rows.start - start : rows.stop - start].div_(temperature)
+
+
+def _tiles(start: int, count: int, device: torch.device) -> Iterator[slice]:
+    """Rows of a chunk that are looked at in one go: few enough to stay in a CPU's cache."""
+    step = ROWS if device.type == "cpu" else CHUNK_TOKENS
+    for row in range(start, start + count, step):
+        yield slice(row, min(row + step, start + count))

@@ -3,15 +3,17 @@
 A step's loss is the mean cross-entropy of the counted tokens (stages/supervision.py) plus, against
 forgetting, that of some rows of the general text which the student was distilled on. Logits are
 made for counted tokens alone, a chunk at a time (modeling/losses.py): in a dialogue with a tool
-they are less than half of all. A mini mixture of experts on the model (modeling/moe.py) learns with
-the adapter, and adds its load-balance loss.
+they are less than half of all. On the fast path, what conversations begin with alike is computed
+once (modeling/shared_prefixes.py), where the model allows it. A mini mixture of experts on the
+model (modeling/moe.py) learns with the adapter, and adds its load-balance loss; beginnings are not
+shared then, for they would count once in the balance.
 
 Each step follows from the seed and its number; interrupted training goes on to the same bits.
 """
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 
 import numpy as np
@@ -23,10 +25,11 @@ from modeling.fast_path import fast_path
 from modeling.lora import Adapted, adapters_of, check_learning, trainable
 from modeling.losses import text_loss
 from modeling.moe import balance_loss, check_routing, find_experts
+from modeling.shared_prefixes import forest_states, shares_prefixes
 from stages.contract import Job
 from stages.course import Course
 from stages.recovery import Limits, Recovery, Rollback
-from stages.supervision import Example, Rows, lay_out
+from stages.supervision import Example, Rows, SharedRows, lay_out, share, side_by_side
 from stages.training import TrainState
 
 
@@ -35,6 +38,7 @@ class Lesson:
     """What an adapter learns from.
 
     general: (N, T) int64 rows of text; none are drawn where `course.general_rows` is 0.
+    shares: what conversations begin with alike is computed once.
     """
 
     course: Course
@@ -42,6 +46,7 @@ class Lesson:
     validation: list[Example]
     general: Tensor
     pad: int
+    shares: bool = False
 
     def batch(self, step: int) -> list[Example]:
         """The conversations of a step: each once an epoch, in an order of its own."""
@@ -55,9 +60,13 @@ class Lesson:
         places = range(step * count, (step + 1) * count)
         return self.general[list(draw(places, len(self.general), self._seed(1)))]
 
-    def laid_out(self, examples: list[Example]) -> Iterator[Rows]:
+    def laid_out(self, examples: list[Example]) -> Iterator[Rows | SharedRows]:
         """Examples in rows, as the course says."""
-        yield from lay_out(examples, self.pad, self.course.most_tokens, self.course.packing)
+        if not self.shares:
+            yield from lay_out(examples, self.pad, self.course.most_tokens, self.course.packing)
+            return
+        for group in side_by_side(examples, self.course.most_tokens):
+            yield share([examples[index] for index in group])
 
     def _seed(self, stream: int) -> tuple[int, int]:
         return self.course.seed, stream
@@ -86,6 +95,8 @@ def finetune(adapted: Adapted, lesson: Lesson, job: Job, phase: str) -> list[Rol
     limits = Limits(course.spike, course.regression)
     recovery = job.resume(Recovery(training, limits, job.folder / "best" / phase), phase)
     model = adapted.get_base_model()
+    plain = course.fast_path and not course.packing and find_experts(model) is None
+    lesson = replace(lesson, shares=plain and shares_prefixes(model))
     with fast_path(model, job.say) if course.fast_path else nullcontext():
         if training.step == 0:
             recovery.begin(mean_loss(model, lesson, lesson.validation))
@@ -121,8 +132,7 @@ def _learn(
     own = general = 0.0
     for rows in lesson.laid_out(batch):
         loss = rows_loss(model, rows) / counted
-        share = rows.counted.sum().item() / counted
-        (loss + share * balance_loss(model, _real(rows))).backward()
+        (loss + _balance(model, rows, counted)).backward()
         own += loss.item()
     if course.general_rows:
         loss = general_loss(model, lesson.general_batch(training.step))
@@ -143,20 +153,35 @@ def _learn(
     return {}, reason
 
 
-def _real(rows: Rows) -> Tensor:
-    """Which tokens are not padding, (R, T): those up to the last counted one, an example's end."""
-    return rows.counted.flip(1).cumsum(1).flip(1) > 0
+def _balance(model: PreTrainedModel, rows: Rows | SharedRows, counted: int) -> Tensor | float:
+    """What a mixture of experts adds to the loss of rows, by their share of the counted tokens.
+
+    Padding does not count: what stands behind the last counted token of a row, its end.
+    """
+    if isinstance(rows, SharedRows):
+        return 0.0  # only of models without a mixture
+    real = rows.counted.flip(1).cumsum(1).flip(1) > 0
+    return rows.counted.sum().item() / counted * balance_loss(model, real)
 
 
-def rows_loss(model: PreTrainedModel, rows: Rows) -> Tensor:
+def rows_loss(model: PreTrainedModel, rows: Rows | SharedRows) -> Tensor:
     """The sum of the counted tokens' cross-entropies, in nats."""
+    head = model.get_output_embeddings().weight
+    states, labels = _counted(model, rows)
+    return text_loss(states.to(head.dtype), head, labels) * len(labels)
+
+
+def _counted(model: PreTrainedModel, rows: Rows | SharedRows) -> tuple[Tensor, Tensor]:
+    """The states that counted tokens are predicted from, (M, D), and these tokens, (M,)."""
+    if isinstance(rows, SharedRows):
+        states = forest_states(model, rows.forest)
+        before = rows.before.to(states.device)
+        return states.index_select(0, before), rows.labels.to(states.device)
     positions = {} if _is_plain(rows) else {"position_ids": rows.positions.to(model.device)}
     tokens = rows.tokens.to(model.device)
     hidden = model.base_model(tokens, use_cache=False, **positions).last_hidden_state
     counted = rows.counted[:, 1:].to(model.device)
-    head = model.get_output_embeddings().weight
-    mean = text_loss(hidden[:, :-1][counted].to(head.dtype), head, tokens[:, 1:][counted])
-    return mean * counted.sum()
+    return hidden[:, :-1][counted], tokens[:, 1:][counted]
 
 
 def _is_plain(rows: Rows) -> bool:

@@ -3,13 +3,15 @@
 Counted are the model's own tokens and the end of its answer; not what the user says, what a tool
 answers, or a number that could only be recited.
 
-A batch is laid out in one of two ways, which give the same loss and gradients:
+A batch is laid out in one of three ways, which give the same loss and gradients:
 
     padded   a row each, of about equal lengths together. Padding stands behind a row, where causal
              attention does not look: no mask, so that the kernels without one serve
     packed   as many as fit into a row (best fit, the longest first), positions starting anew, from
              which transformers makes a mask of blocks. For kernels that are fast on long rows;
              not for models with a recurrent state, which would run on from one into the next
+    shared   all in one row without padding, what they begin with once (modeling/forests.py): least
+             is computed. For models that modeling/shared_prefixes.py finds fit for it
 
 Letters: R rows, T tokens a row.
 """
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from modeling.forests import Forest, plant
 from runtime.prompt import inserted_tokens, prompt_tokens
 from stages.formats.conversations import Conversation
 
@@ -46,6 +49,15 @@ class Rows:
     tokens: Tensor  # (R, T) int64
     positions: Tensor  # (R, T) int64; from 0 in each example
     counted: Tensor  # (R, T) bool
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Examples that are computed together, what they begin with once."""
+
+    forest: Forest
+    before: Tensor  # (M,) int64: places of the tokens in front of counted ones, by example
+    labels: Tensor  # (M,) int64: the counted tokens
 
 
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -99,6 +111,40 @@ def lay_out(examples: Sequence[Example], pad: int, most_tokens: int, packs: bool
     else:
         for group in alike(examples, most_tokens):
             yield make_rows([[example] for example in group], pad)
+
+
+def share(examples: Sequence[Example]) -> SharedRows:
+    """Tensors of examples that share what they begin with."""
+    forest = plant([example.tokens for example in examples])
+    before, labels = [], []
+    for example, places in zip(examples, forest.rows, strict=True):
+        counted = torch.tensor(example.counted)[1:]
+        before.append(places[:-1][counted])
+        labels.append(torch.tensor(example.tokens)[1:][counted])
+    return SharedRows(forest, torch.cat(before), torch.cat(labels))
+
+
+def side_by_side(examples: Sequence[Example], most_tokens: int) -> list[list[int]]:
+    """Indices of examples, those that begin alike together: about `most_tokens` when shared."""
+    order = sorted(range(len(examples)), key=lambda index: examples[index].tokens)
+    groups: list[list[int]] = []
+    room = 0
+    for index in order:
+        tokens = examples[index].tokens
+        begins = _common(examples[groups[-1][-1]].tokens, tokens) if groups else 0
+        if groups and len(tokens) - begins <= room:
+            groups[-1].append(index)
+            room -= len(tokens) - begins
+        else:
+            groups.append([index])
+            room = most_tokens - len(tokens)
+    return groups
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    differ = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
 
 
 def alike(examples: Sequence[Sized], most_tokens: int) -> list[list[Sized]]:

@@ -6,8 +6,12 @@ A group is the answers to one prompt. With rewards r, an answer's advantage is
 
 and, with rho = p / p_old of a token that the model wrote itself, the loss to minimise is
 
-    w [ - min(rho A, clip(rho, 1 - e, 1 + e) A) + beta k3 ]        summed over tokens
+    w [ - min(rho A, clip(rho, 1 - e, 1 + e) A) + beta rho k3 ]    summed over tokens
     k3 = p_ref / p - log(p_ref / p) - 1        unbiased, never negative (Schulman 2020)
+
+The factor rho of k3 is not in Shao; DeepSeek-V3.2 (2025) and TRL have it. It is 1 in the first
+update of a step, but its gradient is not 0. With it the gradient is an unbiased estimate of that of
+KL(p || p_ref), which is what k3 estimates; without it, of that of KL(p_ref || p).
 
 The weights w say how answers of different lengths count:
 
@@ -54,7 +58,7 @@ def token_losses(
     """
     ratio = (new - old).exp()
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return beta * k3(new, reference) - gain
+    return beta * ratio * k3(new, reference) - gain
 
 
 def k3(new: Tensor, reference: Tensor) -> Tensor:

@@ -40,7 +40,9 @@ def run(params: Params, job: Job) -> Metrics:
     start = find_adapter(job.input("toolformer"), params.capability)
     adapted = open_skill(student.model, start, trains=True, experts_train=False)
     keep_reference(adapted, start)
-    policy = Policy(adapted, student.tokenizer.eos_token_id, params.most_tokens, params.temperature)
+    policy = Policy.of(
+        adapted, student.tokenizer.eos_token_id, params.most_tokens, params.temperature
+    )
     state = job.resume(Reinforcement(policy, params))
     coach = make_coach(params, student)
     with Tools(log=job.folder / "calls.jsonl") as tools:
@@ -84,6 +86,7 @@ def make_coach(params: Params, student):
 
 def reinforce(state, coach, engine, problems, params: Params, job: Job) -> None:
     """All steps that are left."""
+    from modeling.fast_path import fast_path
     from modeling.lora import merged
     from stages.probing import ask
 
@@ -94,6 +97,7 @@ def reinforce(state, coach, engine, problems, params: Params, job: Job) -> None:
         state.probes.append(ask(engine, adapted, problems.probes, state.step, *most))
         job.say(f"step {state.step}: {state.probes[-1].share} of the probes are right")
 
+    say = job.say
     if not state.probes:
         probe()
     while state.step < params.steps:
@@ -101,11 +105,17 @@ def reinforce(state, coach, engine, problems, params: Params, job: Job) -> None:
             engine.refresh()
             chosen = problems.draw(state.step, params.prompts, params.seed)
             traces, seen = coach.roll_out(engine, chosen, state.step)
-        seen |= state.learn(traces)
+        with fast_path(state.policy.model, say):
+            seen |= state.learn(traces)
+        say = _say_no_more
         if state.step % params.probe_every == 0 or state.step == params.steps:
             probe()
             seen |= {"probe_right": state.probes[-1].share.value}
         job.step_done(state, state.step, params.steps, **seen)
+
+
+def _say_no_more(_text: str) -> None:
+    """What keeps its own code has been said in the first step."""
 
 
 STAGE = Stage("grpo", Params, run, check_among)

@@ -55,3 +55,14 @@ def test_k3_is_zero_at_the_reference_never_negative_and_right_on_average() -> No
     assert (k3(p, p) == 0).all()
     assert (k3(p, q) >= 0).all()
     torch.testing.assert_close((p.exp() * k3(p, q)).sum(), (p.exp() * (p - q)).sum())
+
+
+def test_the_gradient_of_the_distance_is_right_on_average() -> None:
+    """Of KL(policy || reference), at a policy that is no longer the one that wrote."""
+    reference, written_by = torch.tensor([0.1, 0.4, 0.3]), torch.tensor([0.5, -0.3, 0.2])
+    logits = torch.tensor([1.0, 0.2, -0.7], requires_grad=True)
+    p, q, old = logits.log_softmax(-1), reference.log_softmax(-1), written_by.log_softmax(-1)
+    losses = token_losses(p, old, q, torch.zeros(3), 0.2, 1.0)
+    estimated = torch.autograd.grad((old.exp() * losses).sum(), logits, retain_graph=True)[0]
+    exact = torch.autograd.grad((p.exp() * (p - q)).sum(), logits)[0]
+    torch.testing.assert_close(estimated, exact)

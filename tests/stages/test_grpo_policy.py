@@ -24,15 +24,15 @@ def traces() -> list[Trace]:
     return [trace(9, 1.0), trace(12, -0.5, 3), trace(7, 0.7, 11), trace(12, -1.2, 40)]
 
 
-@pytest.fixture
-def policy(tmp_path: Path) -> Policy:
+@pytest.fixture(params=[False, True], ids=["padded", "shared"])
+def policy(request: pytest.FixtureRequest, tmp_path: Path) -> Policy:
     adapted = adapt(tiny_llama(), AdapterShape(4, 8.0, "lora"), 0, tmp_path / "start")
     for name, parameter in trainable(adapted):  # no longer nothing
         if "lora_B" in name:
             parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
     save_adapter(adapted, tmp_path / "adapter", tmp_path / "start")
     keep_reference(adapted, tmp_path / "adapter")
-    return Policy(adapted, 0, 24, 0.7)
+    return Policy(adapted, 0, 24, 0.7, request.param)
 
 
 def gradients(policy: Policy) -> list[torch.Tensor]:
@@ -61,8 +61,8 @@ def test_the_gradient_is_that_of_a_dense_computation(policy: Policy, loss: str) 
         }
         apart = t.reference - new
         kl = apart.exp() - apart - 1
-        gain = (new - new.detach()).exp() * t.advantage
-        total = total + ((BETA * kl - gain) * weight[loss]).sum()
+        ratio = (new - new.detach()).exp()
+        total = total + (ratio * (BETA * kl - t.advantage) * weight[loss]).sum()
     total.backward()
     assert seen["loss"] == pytest.approx(total.item(), rel=1e-4, abs=1e-6)
     for a, b in zip(ours, gradients(policy), strict=True):

@@ -6,7 +6,7 @@ import torch
 from runtime.prompt import PLAIN, SYSTEM, prompt_tokens
 from stages.finetuning import rows_loss
 from stages.formats.conversations import Conversation
-from stages.supervision import Example, encode, lay_out, pack
+from stages.supervision import Example, encode, lay_out, pack, share, side_by_side
 from tests.characters import character_tokenizer
 from tests.tiny import tiny_llama, tiny_mamba
 
@@ -107,3 +107,28 @@ def test_padding_behind_an_example_changes_nothing_of_a_recurrent_model() -> Non
     (both,) = lay_out([short, long], 0, 32, packs=False)
     apart = sum(rows_loss(model, r) for e in (short, long) for r in lay_out([e], 0, 32, False))
     torch.testing.assert_close(rows_loss(model, both), apart, rtol=1e-5, atol=1e-5)
+
+
+def test_examples_that_begin_alike_have_the_loss_of_examples_alone() -> None:
+    model = tiny_llama().requires_grad_(True)
+    examples = [example(length, prompt=9) for length in (10, 14, 12)] + [example(6, start=3)]
+
+    def loss_and_gradients(groups) -> tuple[float, list[torch.Tensor]]:
+        model.zero_grad()
+        loss = sum(rows_loss(model, rows) for rows in groups)
+        loss.backward()
+        return loss.item(), [p.grad for p in model.model.parameters()]
+
+    alone = loss_and_gradients([rows for e in examples for rows in lay_out([e], 0, 64, False)])
+    rows = share(examples)
+    assert rows.forest.tokens.shape[1] == 10 + 4 + 2 + 6  # ten tokens are shared by three
+    shared = loss_and_gradients([rows])
+    torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_examples_that_begin_alike_are_neighbours_and_most_tokens_is_kept() -> None:
+    examples = [example(10, start=start) for start in (1, 2, 1, 2, 1)]
+    groups = side_by_side(examples, 15)
+    assert sorted(map(sorted, groups)) == [[0, 2, 4], [1, 3]]
+    assert sorted(index for group in side_by_side(examples, 20) for index in group) == [*range(5)]
+    assert len(side_by_side(examples, 20)) == 1
