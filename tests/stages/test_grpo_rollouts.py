@@ -89,7 +89,7 @@ def test_a_group_without_advantage_teaches_nothing(tmp_path: Path) -> None:
     adapted = adapt(tiny_llama(), AdapterShape(2, 4.0, "lora"), 0, tmp_path)
     before = [p.detach().clone() for _, p in trainable(adapted)]
     fields = {**PARAMS["grpo"], "rewards": RewardWeights(**PARAMS["grpo"]["rewards"])}
-    state = Reinforcement(Policy(adapted, END, 256, 1.0), Params(**fields))
+    state = Reinforcement(Policy.of(adapted, END, 256, 1.0), Params(**fields))
     assert state.learn(traces) == {}
     assert state.step == 1 and state.training.step == 2  # its updates are passed over
     after = [p for _, p in trainable(adapted)]
