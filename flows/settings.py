@@ -169,7 +169,7 @@ def _assign(content: Any, keys: list[str], value: Any) -> None:
 def _editor() -> YAML:
     """A YAML reader and writer that keeps comments."""
     editor = YAML()
-    editor.width = 120
+    editor.width = 400  # a line that a person wrote stays one
     editor.preserve_quotes = True
     return editor
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedLayer:
     """A frozen matrix with its adapter; without one, `down` and `up` are None."""
 
     weight: Tensor  # (F, D)
@@ -27,19 +27,19 @@ class Adapted:
     scale: float = 1.0
 
 
-def adapted_layer(module: nn.Module) -> Adapted | None:
+def adapted_layer(module: nn.Module) -> AdaptedLayer | None:
     """What a linear layer computes at the moment, with an adapter of PEFT's or bare.
 
     None for other layers, and where it is more than one plain adapter: with a magnitude (DoRA), a
     bias of its own or dropout. Found by what it is made of: peft need not be there.
     """
     if type(module) is nn.Linear:
-        return Adapted(module.weight, module.bias)
+        return AdaptedLayer(module.weight, module.bias)
     base = getattr(module, "base_layer", None)
     if not hasattr(module, "lora_A") or type(base) is not nn.Linear:
         return None
     if module.merged != module.disable_adapters:  # in the weight, or out of use
-        return Adapted(base.weight, base.bias)
+        return AdaptedLayer(base.weight, base.bias)
     active = [name for name in module.active_adapters if name in module.lora_A]
     if module.merged or len(active) != 1:
         return None
@@ -49,15 +49,15 @@ def adapted_layer(module: nn.Module) -> Adapted | None:
     if drops or name in module.lora_variant or any(factor.bias is not None for factor in factors):
         return None
     down, up = (factor.weight for factor in factors)
-    return Adapted(base.weight, base.bias, down, up, module.scaling[name])
+    return AdaptedLayer(base.weight, base.bias, down, up, module.scaling[name])
 
 
-def adapted_linear(hidden: Tensor, layer: Adapted) -> Tensor:
+def adapted_linear(hidden: Tensor, layer: AdaptedLayer) -> Tensor:
     """The layer's output of (..., D): (..., F)."""
     return _AdaptedLinear.apply(hidden, layer.weight, layer.bias, layer.down, layer.up, layer.scale)
 
 
-def adapted_mlp(hidden: Tensor, gate: Adapted, up: Adapted, down: Adapted) -> Tensor:
+def adapted_mlp(hidden: Tensor, gate: AdaptedLayer, up: AdaptedLayer, down: AdaptedLayer) -> Tensor:
     """down(silu(gate(x)) * up(x)) of (..., D) (SwiGLU, Shazeer 2020); biases are left out.
 
     Of the four (N, F) tensors in between, two are kept and the others made again.

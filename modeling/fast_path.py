@@ -40,7 +40,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling.adapted_kernels import Adapted, adapted_layer, adapted_linear, adapted_mlp
+from modeling.adapted_kernels import AdaptedLayer, adapted_layer, adapted_linear, adapted_mlp
 from modeling.cpu_kernels import causal_attention, gated_mlp, rms_norm
 from modeling.scan import fast_scan, mixers_of
 
@@ -155,7 +155,7 @@ def _run_layer(module: nn.Module, own: Callable, hidden: Tensor) -> Tensor:
     return adapted_linear(hidden, layer)
 
 
-def _is_frozen(layer: Adapted | None, hidden: Tensor) -> bool:
+def _is_frozen(layer: AdaptedLayer | None, hidden: Tensor) -> bool:
     """Whether only the adapter of a layer learns, in the type that comes in."""
     if layer is None or layer.weight.requires_grad:
         return False

@@ -154,14 +154,10 @@ def _learn(
 
 
 def _balance(model: PreTrainedModel, rows: Rows | SharedRows, counted: int) -> Tensor | float:
-    """What a mixture of experts adds to the loss of rows, by their share of the counted tokens.
-
-    Padding does not count: what stands behind the last counted token of a row, its end.
-    """
+    """What a mixture of experts adds to the loss of rows, by their share of the counted tokens."""
     if isinstance(rows, SharedRows):
         return 0.0  # only of models without a mixture
-    real = rows.counted.flip(1).cumsum(1).flip(1) > 0
-    return rows.counted.sum().item() / counted * balance_loss(model, real)
+    return rows.counted.sum().item() / counted * balance_loss(model, rows.real)
 
 
 def rows_loss(model: PreTrainedModel, rows: Rows | SharedRows) -> Tensor:

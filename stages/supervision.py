@@ -50,6 +50,11 @@ class Rows:
     positions: Tensor  # (R, T) int64; from 0 in each example
     counted: Tensor  # (R, T) bool
 
+    @property
+    def real(self) -> Tensor:
+        """Which tokens are not padding, (R, T): those up to the last counted one, an end."""
+        return self.counted.flip(1).cumsum(1).flip(1) > 0
+
 
 @dataclass(frozen=True)
 class SharedRows:

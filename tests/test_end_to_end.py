@@ -84,12 +84,12 @@ def test_the_tiny_preset_runs_through_and_then_everything_is_reused(project: Pat
 def test_one_knob_reruns_its_stage_and_what_follows_and_going_back_runs_nothing(
     project: Path,
 ) -> None:
-    changed = run(project, "--set", "grpo.beta=0.03")
+    changed = run(project, "--set", "grpo.probe_problems=3")
     assert changed.returncode == 0, changed.stdout + changed.stderr
     assert states(project) == {
         **dict.fromkeys(STAGES, "reused"), "grpo": "ran", "benchmark": "ran"
     }  # fmt: skip
-    back = run(project, "--set", "grpo.beta=0.02")
+    back = run(project, "--set", "grpo.probe_problems=4")
     assert back.returncode == 0, back.stdout + back.stderr
     assert "ran" not in states(project).values()
 

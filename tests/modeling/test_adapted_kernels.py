@@ -1,12 +1,13 @@
 """Layers with adapters: their gradients, and that a model computes the same with them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from modeling.adapted_kernels import Adapted, adapted_linear, adapted_mlp
+from modeling.adapted_kernels import AdaptedLayer, adapted_linear, adapted_mlp
 from modeling.fast_path import fast_path
 from modeling.lora import (
     AdapterShape,
@@ -26,9 +27,9 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def layer(inputs: int, outputs: int, rank: int = 2) -> Adapted:
+def layer(inputs: int, outputs: int, rank: int = 2) -> AdaptedLayer:
     down, up = random(rank, inputs).requires_grad_(), random(outputs, rank).requires_grad_()
-    return Adapted(random(outputs, inputs), random(outputs), down, up, 0.7)
+    return AdaptedLayer(random(outputs, inputs), random(outputs), down, up, 0.7)
 
 
 def test_the_gradients_of_a_layer_are_right() -> None:
@@ -36,7 +37,7 @@ def test_the_gradients_of_a_layer_are_right() -> None:
     given, hidden = layer(4, 5), random(2, 3, 4).requires_grad_()
 
     def of(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return adapted_linear(x, Adapted(given.weight, given.bias, down, up, given.scale))
+        return adapted_linear(x, AdaptedLayer(given.weight, given.bias, down, up, given.scale))
 
     expected = hidden @ given.weight.T + given.bias + 0.7 * hidden @ given.down.T @ given.up.T
     torch.testing.assert_close(adapted_linear(hidden, given), expected)
@@ -48,7 +49,7 @@ def test_the_gradients_of_an_mlp_are_right_whichever_layers_have_an_adapter(bare
     torch.manual_seed(0)
     shapes = ((4, 6), (4, 6), (6, 4))
     layers = [
-        Adapted(random(o, i)) if place == bare else layer(i, o)
+        AdaptedLayer(random(o, i)) if place == bare else layer(i, o)
         for place, (i, o) in enumerate(shapes)
     ]
     hidden = random(3, 4).requires_grad_()
@@ -56,10 +57,11 @@ def test_the_gradients_of_an_mlp_are_right_whichever_layers_have_an_adapter(bare
 
     def of(x: Tensor, *factors: Tensor) -> Tensor:
         pairs = iter(factors)
-        return adapted_mlp(x, *(
-            Adapted(one.weight, None, next(pairs), next(pairs), one.scale) if one.down is not None
-            else one for one in layers
-        ))  # fmt: skip
+        given = (
+            one if one.down is None else replace(one, bias=None, down=next(pairs), up=next(pairs))
+            for one in layers
+        )
+        return adapted_mlp(x, *given)
 
     assert torch.autograd.gradcheck(of, (hidden, *learnt))
 

@@ -7,7 +7,7 @@ import torch
 
 from modeling.lora import AdapterShape, adapt, trainable
 from modeling.moe import ExpertsShape, IdleExpert, add_experts
-from stages.finetuning import _real, finetune
+from stages.finetuning import finetune
 from stages.sft.params import Capability, Experts
 from stages.supervision import lay_out
 from tests.stages.lessons import rows
@@ -54,9 +54,8 @@ def test_padding_is_known_by_what_is_counted() -> None:
     examples = lesson().examples[:4]
     for packing in (False, True):
         for laid in lay_out(examples, 0, 64, packing):
-            real = _real(laid)
-            assert real[laid.counted].all()
-        total = sum(_real(laid).sum() for laid in lay_out(examples, 0, 64, packing))
+            assert laid.real[laid.counted].all()
+        total = sum(laid.real.sum() for laid in lay_out(examples, 0, 64, packing))
         assert total == sum(len(example) for example in examples)
 
 
