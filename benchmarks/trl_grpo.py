@@ -14,9 +14,9 @@ Without tools, which TRL cannot run in the middle of SmolLM2's answers. A reward
 ties lets every answer teach. The draws are not the same, so times are by token that was written.
 benchmarks/turns.py says how the sides are measured; seconds are the processor's.
 
-Measured (AVX2, one thread, float32, the core shared with other work, 2 steps, none to warm up): by
-token, TRL takes 2.1 and 1.6 times as long (median 1.9): generation 16.0 s against 9.1 s, update
-24.4 s against 13.0 s, for about 740 tokens; 7,826 MB against 3,107 MB.
+Measured (AVX2, one thread, float32, another benchmark running at first, 3 steps, one to warm up): by
+token, TRL takes 2.0, 2.4 and 2.1 times as long; medians: generation 14.7 s against 7.0 s, update
+24.1 s against 9.8 s, for about 750 tokens; 8,337 MB against 2,943 MB.
 """
 
 import argparse

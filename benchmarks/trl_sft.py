@@ -15,8 +15,8 @@ TRL's is `training_step`, `clip_grad_norm_` and `optimizer.step`, without its da
 logging. benchmarks/turns.py says how the sides are measured. tests/stages/test_trl_reference.py
 shows that losses and gradients are the same; the first losses are printed here.
 
-Measured (AVX2, one thread, float32, the core shared with other work, 2 steps, none to warm up):
-ours 19.0 and 17.7 s, TRL 66.4 and 33.2 s: 3.5 and 1.9 times as long; 3,377 MB against 12,674 MB.
+Measured (AVX2, one thread, float32, nothing else running, 3 steps, one to warm up): ours 14.8 s,
+TRL 29.2 s, medians; TRL takes 1.98 times as long (1.90 to 3.42); 3,410 MB against 14,369 MB.
 The first batch has a long conversation, which TRL pads all 16 to: 3,296 tokens, of which 1,957 are
 real and 1,582 are left when the common 25 are computed once. The head is computed for 852 of
 them, by TRL for all. First losses: 2.520400 and 2.520400.
