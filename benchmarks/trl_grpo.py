@@ -14,7 +14,7 @@ Without tools, which TRL cannot run in the middle of SmolLM2's answers. A reward
 ties lets every answer teach. The draws are not the same, so times are by token that was written.
 benchmarks/turns.py says how the sides are measured; seconds are the processor's.
 
-Measured (AVX2, one thread, float32, another benchmark running at first, 3 steps, one to warm up): by
+Measured (AVX2, one thread, float32, another benchmark beside it at first, 3 steps): by
 token, TRL takes 2.0, 2.4 and 2.1 times as long; medians: generation 14.7 s against 7.0 s, update
 24.1 s against 9.8 s, for about 750 tokens; 8,337 MB against 2,943 MB.
 """
