@@ -1,4 +1,4 @@
-"""What the parameters of the stages that teach skills must agree on with those of other stages.
+"""What the parameters of stages that teach or measure skills must agree on with those of others.
 
 Checked before anything runs (stages/contract.Stage.check_among): a name that nothing upstream makes
 would else be noticed only after hours. Sections that are not there are not looked at.
@@ -16,7 +16,7 @@ def require_prepared(stage: str, names: Iterable[str], sections: Sections) -> No
         for name in names:
             if name not in prepare.conversations:
                 raise ValueError(
-                    f"{stage} learns from '{name}', which prepare does not make; add it to "
+                    f"{stage} reads '{name}', which prepare does not make; add it to "
                     f"prepare.conversations (now {', '.join(prepare.conversations) or 'empty'})"
                 )
 

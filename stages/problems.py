@@ -45,8 +45,17 @@ def open_problems(prepared: Path, names: Sequence[str], probes: int) -> Problems
 
 
 def benchmark_problems(prepared: Path, names: Sequence[str]) -> list[Conversation]:
-    """Held-out problems that no stage has decided anything by."""
-    return [one for one in _with_answers(prepared, names, "heldout") if not is_probe(one)]
+    """Held-out problems that no stage has decided anything by.
+
+    Raises ValueError where there are none.
+    """
+    found = [one for one in _with_answers(prepared, names, "heldout") if not is_probe(one)]
+    if not found:
+        raise ValueError(
+            f"{', '.join(names)}: no held-out problem has a known answer and a template that "
+            "nothing is decided by; raise prepare.heldout_conversations, or name other data sets"
+        )
+    return found
 
 
 def is_probe(problem: Conversation) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +10,6 @@ from runtime.generation.engine import Engine
 from runtime.prompt import prompt_tokens
 from stages.formats.answers import final_answer, same_answer
 from stages.formats.conversations import Conversation
-from stages.statistics import Share
 
 
 @dataclass(frozen=True)
@@ -59,21 +57,3 @@ def solve(
         prompts = [prompt_tokens(problem.prompt, tokenizer) for problem in part]
         answers = engine.answer(prompts, 1, sampling)
         yield [Solved.of(problem, answer) for problem, (answer,) in zip(part, answers, strict=True)]
-
-
-def summarise(solved: Sequence[Solved]) -> dict[str, Any]:
-    """Shares by measure, and by operation, of what was solved."""
-    operations = sorted({one.operation for one in solved})
-    return {
-        "right": Share(sum(one.right for one in solved), len(solved)),
-        "formatted": Share(sum(one.formatted for one in solved), len(solved)),
-        "called": Share(sum(one.calls > 0 for one in solved), len(solved)),
-        "own_tokens": sum(one.own_tokens for one in solved) / max(1, len(solved)),
-        "by_operation": {
-            name: Share(
-                sum(one.right for one in solved if one.operation == name),
-                sum(one.operation == name for one in solved),
-            )
-            for name in operations
-        },
-    }

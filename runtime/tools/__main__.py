@@ -35,7 +35,7 @@ def answer(tool: str, arguments: dict[str, Any], room: Room) -> dict[str, Any]:
         value, truncated = RUNNERS[tool].run(arguments, room)
         value, too_long = cut(value, room.limits.output_chars)
         truncated = truncated or too_long
-    except BaseException as failure:
+    except BaseException as failure:  # a program may raise anything, SystemExit too
         value, error = None, in_words(failure)
     return {"value": value, "error": error, "truncated": truncated}
 

@@ -17,9 +17,12 @@ writes   report.html, test_report.md, scores.json
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from stages.agreement import require_capability, require_prepared
 from stages.contract import Job, Metrics, Stage
 from stages.params import require_at_least
 
@@ -48,6 +51,12 @@ class Params:
         require_at_least(1, max_own_tokens=self.max_own_tokens, max_calls=self.max_calls)
         require_at_least(100, resamples=self.resamples)
         require_at_least(0, seed=self.seed)
+
+
+def check_among(sections: Mapping[str, Any]) -> None:
+    """Refuse what other stages' parameters contradict, before anything runs."""
+    require_prepared("benchmark", sections["benchmark"].conversations, sections)
+    require_capability("benchmark", sections)
 
 
 def run(params: Params, job: Job) -> Metrics:
@@ -214,4 +223,4 @@ def weights_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-STAGE = Stage("benchmark", Params, run)
+STAGE = Stage("benchmark", Params, run, check_among)

@@ -24,7 +24,7 @@ def test_sections_that_agree_pass(tmp_path: Path, capsys) -> None:
     assert checked(tmp_path, capsys) == (DONE, "")
 
 
-@pytest.mark.parametrize("stage", ["toolformer", "grpo"])
+@pytest.mark.parametrize("stage", ["toolformer", "grpo", "benchmark"])
 def test_a_capability_that_sft_does_not_teach_is_refused(
     tmp_path: Path, capsys, stage: str
 ) -> None:
@@ -48,6 +48,7 @@ def test_grpo_goes_on_from_the_adapter_that_toolformer_makes(tmp_path: Path, cap
     [
         ("sft", {"capabilities": [capability("tools", "arithmetic-tools", "gsm8k-tools")]}),
         ("toolformer", {"conversations": ["gsm8k-tools"]}),
+        ("benchmark", {"conversations": ["gsm8k-tools"]}),
         ("toolformer", {"texts": ["gsm8k-tools"]}),
         ("grpo", {"conversations": ["arithmetic-tools", "gsm8k-tools"]}),
     ],
@@ -57,7 +58,7 @@ def test_conversations_that_prepare_does_not_make_are_refused(
 ) -> None:
     code, said = checked(tmp_path, capsys, **{stage: values})
     assert code == BAD_INPUT
-    assert f"{stage} learns from 'gsm8k-tools', which prepare does not make" in said
+    assert f"{stage} reads 'gsm8k-tools', which prepare does not make" in said
     assert "prepare.conversations (now arithmetic-tools, " in said
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from runtime.generation.answers import Answer, Sampling
 from runtime.generation.engine import Engine
 from stages.forgetting import Forgetting, Forgot, require_kept
 from stages.probing import Probe, ask, why_not
-from stages.solving import Solved, solve, summarise
+from stages.solving import Solved, solve
 from stages.statistics import Share
 from tests.runtime.conversing import Calculator, letters
 from tests.stages.skill_dag import HELD_OUT, KNOWN, student
@@ -55,16 +54,6 @@ def test_problems_are_solved_in_parts_with_calls_and_only_own_tokens_counted() -
     assert all(one.right and one.calls == 1 for one in solved)
     assert solved[0].own_tokens == len('<<py>>{"code": "6*7"}FINAL: 42') + 1  # the end
     assert "<<result>>42\n" in solved[0].text
-
-
-def test_shares_are_summarised_by_operation() -> None:
-    right = Solved.of(KNOWN[0], answer("FINAL: 42"))
-    wrong = replace(Solved.of(KNOWN[0], answer("no")), operation="+", own_tokens=0)
-    found = summarise([right, right, wrong])
-    assert found["right"] == Share(2, 3) == found["formatted"]
-    assert found["called"] == Share(0, 3)
-    assert found["own_tokens"] == pytest.approx(2 * right.own_tokens / 3)
-    assert found["by_operation"] == {"*": Share(2, 2), "+": Share(0, 1)}
 
 
 # --- probing ---------------------------------------------------------------------------------
