@@ -35,12 +35,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import sdpa_mask
 
 from modeling.adapted_kernels import AdaptedLayer, adapted_layer, adapted_linear, adapted_mlp
+from modeling.attention import attention_by, configs_of
 from modeling.cpu_kernels import causal_attention, gated_mlp, rms_norm
 from modeling.scan import fast_scan, mixers_of
 
@@ -182,29 +182,14 @@ def _agree(module: nn.Module, find: Callable[[nn.Module], tuple], width: int) ->
 @contextlib.contextmanager
 def _attention(model: PreTrainedModel, say: Say) -> Iterator[None]:
     """Let the model's attention modules call ours, by transformers' own registry."""
-    configs = {id(config): config for config in _configs(model)}.values()
-    before = [(config, config._attn_implementation) for config in configs]
-    taken = [config for config, name in before if name == "sdpa"]
-    if len(taken) < len(before) or model.dtype != torch.bfloat16:
+    names = {config._attn_implementation for config in configs_of(model)}
+    if names != {"sdpa"} or model.dtype != torch.bfloat16:
         if model.dtype == torch.bfloat16:
-            say(f"attention is {', '.join({str(name) for _, name in before})}, not sdpa")
+            say(f"attention is {', '.join(sorted(map(str, names)))}, not sdpa")
         yield
         return
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, partial(attention_forward, say))
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
-    try:
-        for config in taken:
-            config._attn_implementation = ATTENTION
+    with attention_by(configs_of(model), ATTENTION, partial(attention_forward, say), sdpa_mask):
         yield
-    finally:
-        for config, name in before:
-            config._attn_implementation = name
-
-
-def _configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
-    for module in model.modules():
-        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
-            yield config
 
 
 def attention_forward(

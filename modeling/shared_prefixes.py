@@ -16,18 +16,15 @@ Letters: N tokens, H query heads, K key/value heads, C width of a head, D hidden
 as in forests.py.
 """
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
+from modeling.attention import attention_by, configs_of
 from modeling.forests import Forest, plant
 
 ATTENTION = "nanofoundry_forest"  # the name in transformers' registry
@@ -42,7 +39,7 @@ def forest_states(model: PreTrainedModel, forest: Forest) -> Tensor:
     Raises ValueError for a model that `shares_prefixes` refuses.
     """
     where = model.device
-    with _forest_attention(model, forest):
+    with attention_by(configs_of(model), ATTENTION, partial(_attend, forest), _no_mask):
         found = model.base_model(
             forest.tokens.to(where), position_ids=forest.positions.to(where), use_cache=False
         )
@@ -59,7 +56,7 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
     text = model.config.get_text_config()
     windows = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    implementations = {config._attn_implementation for config in _configs(model)}
+    implementations = {config._attn_implementation for config in configs_of(model)}
     if any(windows) or kinds != {"full_attention"} or not implementations <= set(KNOWN):
         return False
     rows = [[token % text.vocab_size for token in row] for row in PROBE]
@@ -75,26 +72,6 @@ def shares_prefixes(model: PreTrainedModel) -> bool:
         if not error <= max(TOLERANCE, 2 * torch.finfo(alone.dtype).eps):
             return False
     return True
-
-
-@contextlib.contextmanager
-def _forest_attention(model: PreTrainedModel, forest: Forest) -> Iterator[None]:
-    """Let the model's attention modules call ours, by transformers' own registry."""
-    before = [(config, config._attn_implementation) for config in _configs(model)]
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, partial(_attend, forest))
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _no_mask)
-    try:
-        for config, _ in before:
-            config._attn_implementation = ATTENTION
-        yield
-    finally:
-        for config, name in before:
-            config._attn_implementation = name
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    found = (getattr(module, "config", None) for module in model.modules())
-    return list({id(c): c for c in found if isinstance(c, PreTrainedConfig)}.values())
 
 
 def _no_mask(*_arguments: Any, **_named: Any) -> None:
