@@ -1,8 +1,9 @@
 """Arithmetic word problems whose answers call `calc`, generated from a seed.
 
-A problem is a template with names, things and numbers filled in. Its answer gives the reason for
-the operation, calls `calc` once a step, and ends with `FINAL: n`. Results are computed here, with
-exact integers. Templates for training and for measuring are different ones (word_problems.yaml).
+A problem is a template with names, things and numbers filled in. Its answer calls `calc` once a
+step and ends with `FINAL: n`; most answers say first what is computed, in words, the others do not,
+so that grpo can find out whether it pays. Results are computed here, with exact integers. Templates
+(templates/README.md) for training and for measuring are different ones.
 """
 
 import operator
@@ -17,15 +18,23 @@ from registry.strict import strict_yaml
 from stages.formats.conversations import Conversation
 from stages.prepare.traces import Step, final, trace
 
+FOLDER = Path(__file__).with_name("templates")
 OPERATIONS = {
-    "+": (operator.add, "add {0} and {1}"),
-    "-": (operator.sub, "subtract {1} from {0}"),
-    "*": (operator.mul, "multiply {0} by {1}"),
-    "/": (operator.floordiv, "divide {0} by {1}"),
+    "+": (operator.add, "Add {0} and {1}.\n"),
+    "-": (operator.sub, "Subtract {1} from {0}.\n"),
+    "*": (operator.mul, "Multiply {0} by {1}.\n"),
+    "/": (operator.floordiv, "Divide {0} by {1}.\n"),
+}
+KINDS = {  # of relations (templates/README.md)
+    "+": ("joined", "gained", "more", "before"),
+    "-": ("lost", "gap", "rest", "less"),
+    "*": ("groups", "rate", "multiple", "grid"),
+    "/": ("shared", "packed", "unit", "fraction"),
 }
 SEVERAL = "several"  # the group of problems with more than one step
 GROUPS = (*OPERATIONS, SEVERAL)
 LARGEST = 10**7  # of any result
+IN_WORDS = 2 / 3  # of the answers say what is computed
 TRIES = 100_000  # draws of numbers for a template; one in hundreds divides without a rest
 
 NAMES = (
@@ -44,8 +53,9 @@ THINGS = (
 class Template:
     """A question and the steps that answer it.
 
-    number: its place among the templates of its group.  steps: (what to compute, why) each; what
-    to compute is two of a, b, c, d (numbers) and x, y (earlier results) with an operator between.
+    number: its place among the templates of its group.  steps: (what to compute, the relation's kind)
+    each; what to compute is two of a, b, c, d (numbers) and x, y (earlier results) with an operator
+    between.
     """
 
     group: str
@@ -57,11 +67,9 @@ class Template:
 @lru_cache
 def templates(split: str) -> dict[str, tuple[Template, ...]]:
     """The templates of `training` or `heldout`, by group: an operator, or SEVERAL."""
-    content = strict_yaml(Path(__file__).with_suffix(".yaml"))[split]
-    return {
-        group: tuple(_template(group, number, entry) for number, entry in enumerate(entries))
-        for group, entries in content.items()
-    }
+    content = strict_yaml(FOLDER / f"{split}.yaml")
+    single = {sign: _single(sign, content[sign]) for sign in OPERATIONS}
+    return single | {SEVERAL: _several(content[SEVERAL])}
 
 
 def training_problems(seed: int) -> Iterator[Conversation]:
@@ -97,28 +105,45 @@ def fill(template: Template, rng: random.Random, id: str) -> Conversation:
     values, results = _numbers(template, rng)
     name, other = rng.sample(NAMES, 2)
     words = {"name": name, "other": other, "things": rng.choice(THINGS)}
-    steps = []
-    for (compute, why), result in zip(template.steps, results, strict=True):
+    steps, in_words = [], rng.random() < IN_WORDS
+    for (compute, _), result in zip(template.steps, results, strict=True):
         left, sign, right = _parts(compute)
         operands = values[left], values[right]
-        what = OPERATIONS[sign][1].format(*operands)
-        said = f"{why.format(**words)}, so {what}.\n"
+        said = OPERATIONS[sign][1].format(*operands) if in_words else ""
         steps.append(Step(said, "calc", {"expression": f"{sign.join(map(str, operands))}"}, result))
     return Conversation(
         id=id,
         capability="arithmetic",
         segments=trace(template.question.format(**words, **values), steps, final(results[-1])),
         answer=str(results[-1]),
-        facts={"operation": template.group, "template": template.number, "steps": len(steps)},
+        facts={
+            "operation": template.group,
+            "kind": " ".join(kind for _, kind in template.steps),
+            "template": template.number,
+            "steps": len(steps),
+        },
     )
 
 
-def _template(group: str, number: int, entry: dict) -> Template:
-    if group in OPERATIONS:
-        steps = ((f"a{group}b", entry["why"]),)
-    else:
-        steps = tuple((step["compute"], step["why"]) for step in entry["steps"])
-    return Template(group, number, entry["question"], steps)
+def _single(sign: str, questions: dict[str, list[str]]) -> tuple[Template, ...]:
+    """Templates of one step, from questions by kind."""
+    told = [(kind, question) for kind, found in questions.items() for question in found]
+    return tuple(
+        Template(sign, number, question, ((f"a{sign}b", kind),))
+        for number, (kind, question) in enumerate(told)
+    )
+
+
+def _several(entries: list[dict]) -> tuple[Template, ...]:
+    return tuple(
+        Template(
+            SEVERAL,
+            number,
+            entry["question"],
+            tuple((step["compute"], step["kind"]) for step in entry["steps"]),
+        )
+        for number, entry in enumerate(entries)
+    )
 
 
 def _deck(cards: tuple[Template, ...], seed: int) -> Iterator[Template]:
