@@ -53,9 +53,9 @@ THINGS = (
 class Template:
     """A question and the steps that answer it.
 
-    number: its place among the templates of its group.  steps: (what to compute, the relation's kind)
-    each; what to compute is two of a, b, c, d (numbers) and x, y (earlier results) with an operator
-    between.
+    number: its place among the templates of its group.  steps: (what to compute, the relation's
+    kind) each; what to compute is two of a, b, c, d (numbers) and x, y (earlier results) with an
+    operator between.
     """
 
     group: str
@@ -107,7 +107,7 @@ def fill(template: Template, rng: random.Random, id: str) -> Conversation:
     words = {"name": name, "other": other, "things": rng.choice(THINGS)}
     steps, in_words = [], rng.random() < IN_WORDS
     for (compute, _), result in zip(template.steps, results, strict=True):
-        left, sign, right = _parts(compute)
+        left, sign, right = _in_order(compute, template.question)
         operands = values[left], values[right]
         said = OPERATIONS[sign][1].format(*operands) if in_words else ""
         steps.append(Step(said, "calc", {"expression": f"{sign.join(map(str, operands))}"}, result))
@@ -186,6 +186,14 @@ def _compute(template: Template, values: dict[str, int]) -> list[int]:
         if not 2 <= results[-1] <= LARGEST:
             return []
     return results
+
+
+def _in_order(compute: str, question: str) -> tuple[str, str, str]:
+    """The parts of "a+b" or "a*b" as the question names them: which comes first tells nothing."""
+    left, sign, right = _parts(compute)
+    if sign in "+*" and 0 <= question.find(f"{{{right}}}") < question.find(f"{{{left}}}"):
+        left, right = right, left
+    return left, sign, right
 
 
 def _parts(compute: str) -> tuple[str, str, str]:
