@@ -1,14 +1,12 @@
 """The two sides of benchmarks/trl_gkd.py, and what both start from; started by it.
 
     prepare FOLDER   makes FOLDER/targets, of rows of random tokens, and a link to the teacher
-    NAME FOLDER      one side: for each line with a number on its input takes a step on that batch,
-                     and answers with its processor and wall seconds; for "memory", with peak bytes
+    NAME FOLDER      one side: takes a step on the batch of a number that it is asked for
 
 A step costs the same whatever the tokens are, so no data set is needed.
 """
 
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.turns import Figures, Stopwatch, answer
 from modeling.fast_path import fast_path
 from modeling.loading import locate, open_model, open_tokenizer, weights_folder
 from modeling.streaming import Passage
@@ -25,7 +24,7 @@ from stages.distill.student import build_student
 from stages.extract.harvest import Wanted, harvest
 from stages.formats.importance import Subspaces
 from stages.formats.targets import TeacherTargets, write_header, write_shard
-from stages.process import keep_freed_memory, peak_memory_bytes
+from stages.process import keep_freed_memory
 from stages.training import TrainState
 
 TEACHER = "smollm2-135m"
@@ -38,22 +37,22 @@ Step = Callable[[int], None]
 
 
 def main(name: str, folder: Path) -> None:
-    """Answer on the standard output; each answer begins with '> '."""
+    """Make what both start from, or be one side."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if name == "prepare":
         prepare(folder)
         return
     with ExitStack() as stack:
-        step = trl_step(folder) if name == "TRL" else our_step(folder, name, stack)
-        for line in sys.stdin:
-            if line.strip() == "memory":
-                print(f"> {peak_memory_bytes()}", flush=True)
-                continue
-            began = time.process_time(), time.perf_counter()
-            step(int(line) % (ROWS // BATCH_ROWS))
-            spent = time.process_time() - began[0], time.perf_counter() - began[1]
-            print(f"> {spent[0]} {spent[1]}", flush=True)
+        what, step = trl_step(folder) if name == "TRL" else our_step(folder, name, stack)
+
+        def timed(number: int) -> Figures:
+            watch = Stopwatch()
+            step(number % (ROWS // BATCH_ROWS))
+            processor, wall = watch.read()
+            return {"processor s": processor, "wall s": wall}
+
+        answer(what, timed)
 
 
 @torch.no_grad()
@@ -86,7 +85,7 @@ def subspaces(teacher: nn.Module) -> Subspaces:
     return Subspaces(torch.zeros(blocks, width), directions, torch.ones(blocks, RANK))
 
 
-def our_step(folder: Path, name: str, stack: ExitStack) -> Step:
+def our_step(folder: Path, name: str, stack: ExitStack) -> tuple[str, Step]:
     """A step of stages/distill/training.py, without its validation and checkpoints."""
     keep_freed_memory()
     teacher = open_model(folder / "teacher")
@@ -106,11 +105,10 @@ def our_step(folder: Path, name: str, stack: ExitStack) -> Step:
         objective(targets.rows(torch.arange(first, first + BATCH_ROWS))).total.backward()
         state.update(WARMUP, CLIP)
 
-    say_ready(student, named)
-    return step
+    return describe(student, named), step
 
 
-def trl_step(folder: Path) -> Step:
+def trl_step(folder: Path) -> tuple[str, Step]:
     """A step of TRL's trainer on its own terms, but without gradient checkpointing."""
     import trl  # in the other environment alone
     from datasets import Dataset
@@ -143,14 +141,14 @@ def trl_step(folder: Path) -> Step:
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
 
-    say_ready(student, list(student.named_parameters()), f"trl {trl.__version__}, ")
-    return step
+    named = list(student.named_parameters())
+    return f"trl {trl.__version__}, {describe(student, named)}", step
 
 
-def say_ready(student: nn.Module, trained: list, what: str = "") -> None:
-    """Tell what is about to be measured."""
+def describe(student: nn.Module, trained: list) -> str:
+    """What is about to be measured."""
     count = sum(parameter.numel() for _, parameter in trained) / 1e6
-    print(f"> {what}{student.dtype}, {count:.1f} M parameters train", flush=True)
+    return f"{student.dtype}, {count:.1f} M parameters train"
 
 
 if __name__ == "__main__":
