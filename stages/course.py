@@ -12,6 +12,7 @@ class Course:
     steps: int
     batch_conversations: int
     general_rows: int
+    general_weight: float
     most_tokens: int
     packing: bool
     learning_rate: float
@@ -32,6 +33,7 @@ class Course:
             validation_conversations=self.validation_conversations,
         )  # fmt: skip
         require_at_least(0, general_rows=self.general_rows, seed=self.seed)
+        require_within(0.0, 10.0, general_weight=self.general_weight)
         require_within(1e-8, 1.0, learning_rate=self.learning_rate)
         require_within(0.0, 0.5, warmup=self.warmup)
         require_within(1e-3, 1e3, clip=self.clip)

@@ -1,7 +1,9 @@
 """Train an adapter on conversations: what sft and toolformer share.
 
 A step's loss is the mean cross-entropy of the counted tokens (stages/supervision.py) plus, against
-forgetting, that of some rows of the general text which the student was distilled on. Logits are
+forgetting, a little of that of some rows of the general text which the student was distilled on: a
+skill's loss is soon a hundredth of the text's, and Adam's steps are measured by the noise of both.
+Logits are
 made for counted tokens alone, a chunk at a time (modeling/losses.py): in a dialogue with a tool
 they are less than half of all. On the fast path, what conversations begin with alike is computed
 once (modeling/shared_prefixes.py), where the model allows it. A mini mixture of experts on the
@@ -136,9 +138,9 @@ def _learn(
         own += loss.item()
     if course.general_rows:
         loss = general_loss(model, lesson.general_batch(training.step))
-        (loss + balance_loss(model)).backward()
+        (course.general_weight * loss + balance_loss(model)).backward()
         general = loss.item()
-    reason = recovery.refuses(own + general)
+    reason = recovery.refuses(own + course.general_weight * general)
     if reason is None:
         if training.step == 0:
             check_learning(adapters_of(named))

@@ -34,7 +34,8 @@ KINDS = {  # of relations (templates/README.md)
 SEVERAL = "several"  # the group of problems with more than one step
 GROUPS = (*OPERATIONS, SEVERAL)
 LARGEST = 10**7  # of any result
-IN_WORDS = 2 / 3  # of the answers say what is computed
+IN_WORDS = 0.85  # of the answers say what is computed
+TURNS = (*OPERATIONS, *OPERATIONS, SEVERAL)  # in which training problems come
 TRIES = 100_000  # draws of numbers for a template; one in hundreds divides without a rest
 
 NAMES = (
@@ -73,11 +74,11 @@ def templates(split: str) -> dict[str, tuple[Template, ...]]:
 
 
 def training_problems(seed: int) -> Iterator[Conversation]:
-    """Problems of all groups in turn, from the templates for training; without end."""
+    """Problems from the templates for training, one in nine of several steps; without end."""
     decks = {group: _deck(templates("training")[group], seed) for group in GROUPS}
     numbers = random.Random(f"training numbers/{seed}")
     seen: set[str] = set()
-    for number, group in zip(count(), cycle(GROUPS), strict=False):
+    for number, group in zip(count(), cycle(TURNS), strict=False):
         problem = fill(next(decks[group]), numbers, f"train/{seed}/{number}")
         if problem.prompt not in seen:
             seen.add(problem.prompt)

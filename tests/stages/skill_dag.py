@@ -30,7 +30,8 @@ from tests.tiny import REPOSITORY, tiny_llama
 
 CALLED, PLAIN, GENERAL = "sums-with-tools", "sums-in-the-head", "docs"
 COURSE = {
-    "steps": 4, "batch_conversations": 2, "general_rows": 1, "most_tokens": 256, "packing": False,
+    "steps": 4, "batch_conversations": 2, "general_rows": 1, "general_weight": 0.5,
+    "most_tokens": 256, "packing": False,
     "learning_rate": 1e-3, "warmup": 0.1, "clip": 1.0, "validation_conversations": 1,
     "validate_every": 2, "spike": 3.0, "regression": 1.0, "forgetting": 0.5, "fast_path": True,
     "seed": 0, "general_text": GENERAL, "heldout_rows": 4,

@@ -15,7 +15,8 @@ from tests.tiny import tiny_llama, tiny_mamba
 
 SHAPE = AdapterShape(4, 8.0, "lora")
 COURSE = {
-    "steps": 30, "batch_conversations": 4, "general_rows": 1, "most_tokens": 64, "packing": False,
+    "steps": 30, "batch_conversations": 4, "general_rows": 1, "general_weight": 0.5,
+    "most_tokens": 64, "packing": False,
     "learning_rate": 2e-2, "warmup": 0.1, "clip": 1.0, "validation_conversations": 2,
     "validate_every": 10, "spike": 3.0, "regression": 1.0, "forgetting": 0.5, "fast_path": True,
     "seed": 0,
