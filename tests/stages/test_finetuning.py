@@ -79,9 +79,11 @@ def test_rows_are_not_packed_for_a_model_with_a_recurrent_state(tmp_path: Path) 
         finetune(adapted, lesson(packing=True), Desk(tmp_path), "tools")
 
 
-def test_general_text_is_learnt_from_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_general_text_is_learnt_from_as_much_as_is_asked_for(tmp_path: Path) -> None:
     _, without = taught(tmp_path, steps=2, general_rows=0)
+    _, unweighted = taught(tmp_path, steps=2, general_rows=2, general_weight=0.0)
     _, with_text = taught(tmp_path, steps=2, general_rows=2)
+    assert all(torch.equal(a, b) for a, b in zip(without, unweighted, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(without, with_text, strict=True))
 
 
