@@ -82,6 +82,14 @@ def test_adapters_that_learn_nothing_are_refused(found: dict) -> None:
     assert "adapted layers get no gradient" in found["dead"]
 
 
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_is_counted_and_changes_nothing(found: dict) -> None:
+    loss, gradient = found["passed over"]
+    assert loss == {"reason": "the loss is nan", "step": 1, "same": True}
+    assert gradient["reason"].startswith("the gradient is")
+    assert (gradient["step"], gradient["same"]) == (2, True)
+
+
 # --- unsloth ---------------------------------------------------------------------------------
 
 

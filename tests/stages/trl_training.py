@@ -6,6 +6,7 @@ unsloth is a stand-in that lies on the path: tests/stages/stand_ins/unsloth.
 """
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ import modeling.backends
 from modeling.lora import DeadAdapter, adapt, trainable
 from stages.finetuning import finetune
 from stages.process import Stopped
-from stages.recovery import Rollback
-from stages.sft.trl_trainer import finetune_with_trl
+from stages.recovery import Limits, Recovery, Rollback
+from stages.sft.trl_trainer import Lent, finetune_with_trl
+from stages.training import TrainState
 from tests.runtime.conversing import letters
 from tests.stages.skill_dag import PLAIN, capability, make_skill_dag
 from tests.stages.test_finetuning import SHAPE, Desk, lesson
@@ -112,6 +114,24 @@ def dead(folder: Path) -> str:
     return "nothing"
 
 
+def passed_over(folder: Path) -> list[dict]:
+    """What becomes of steps whose loss, and whose gradient, is not finite."""
+    adapted, taught = adapt(tiny_llama(), SHAPE, 0, folder), lesson(steps=STEPS)
+    named = trainable(adapted)
+    training = TrainState(named, taught.course.learning_rate, STEPS)
+    lent = Lent(Recovery(training, Limits(3.0, 1.0), folder), adapted, taught)
+    before = [p.detach().clone() for _, p in named]
+    found = []
+    for loss, gradient in ((math.nan, 1.0), (1.0, math.inf)):
+        lent.own = loss
+        for _, parameter in named:
+            parameter.grad = torch.full_like(parameter, gradient)
+        lent.step()
+        same = all(torch.equal(p, b) for (_, p), b in zip(named, before, strict=True))
+        found.append({"reason": lent.reason, "step": training.step, "same": same})
+    return found
+
+
 def with_stand_in(dag: TinyDag) -> dict:
     """The stage with `trainer: unsloth`, stopped once and run to its end, beside `trainer: trl`."""
     modeling.backends.what_is_missing = lambda package: []
@@ -135,6 +155,7 @@ def main(folder: Path) -> None:
     found["interrupted"] = interrupted(dag)
     dag.set("sft", variant="lora")
     found["unsloth"] = with_stand_in(dag)
+    found["passed over"] = passed_over(folder / "passed")
     found["dead"] = dead(folder / "dead")
     (folder / "found.json").write_text(json.dumps(found))
 
