@@ -60,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     knobs.add_argument("--datasets", metavar="A,B", help="data sets: names, a tag, or all")
     knobs.add_argument("--sample-size", type=int, metavar="N", help="documents a data set at most")
     knobs.add_argument("--skip-non-llm", action="store_true", help="leave out other modalities")
-    knobs.add_argument("--use-unsloth", action="store_true", help="faster fine-tuning on a GPU")
+    knobs.add_argument(
+        "--use-unsloth", action="store_true", help="fine-tune with unsloth, on a GPU"
+    )
     how = parser.add_argument_group("how to run")
     how.add_argument("--dry-run", action="store_true", help="print the plan and touch nothing")
     how.add_argument("--verbose", action="store_true", help="show the tools' own output")

@@ -137,17 +137,22 @@ def _edits(content: dict[str, Any], changes: Changes) -> list[tuple[list[str], A
     if changes.sample_size is not None:
         edits.append((["prepare", "sample_size"], changes.sample_size))
     if changes.use_unsloth:
-        edits += _for_all_stages(content, "use_unsloth", "--use-unsloth")
+        edits += _for_all_stages(content, "trainer", "unsloth", "--use-unsloth")
     for assignment in changes.assignments:
         edits.append(_parse_assignment(content, assignment))
     return edits
 
 
-def _for_all_stages(content: dict[str, Any], knob: str, option: str) -> list:
-    sections = [name for name, section in content.items() if knob in (section or ())]
+def _for_all_stages(content: dict[str, Any], knob: str, value: Any, option: str) -> list:
+    sections = [
+        name for name, section in content.items() if isinstance(section, dict) and knob in section
+    ]
     if not sections:
-        raise BadSetting(f"{option}: no stage of this DAG has the knob '{knob}' yet")
-    return [([section, knob], True) for section in sections]
+        raise BadSetting(
+            f"{option}: no section of params.yaml has the knob '{knob}'; --preset laptop brings it "
+            "back"
+        )
+    return [([section, knob], value) for section in sections]
 
 
 def _parse_assignment(content: dict[str, Any], assignment: str) -> tuple[list[str], Any]:

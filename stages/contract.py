@@ -98,6 +98,11 @@ class Job:
             )
         return self.folder / "output"
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the stage was asked to stop, for one that waits instead of taking steps."""
+        return self._stop.requested
+
     def input(self, stage: str) -> Path:
         """The folder of a finished stage; raises ValueError for one not declared in dvc.yaml."""
         inputs = self.declaration.inputs

@@ -1,5 +1,6 @@
 """What can be set of sft."""
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from stages.course import Course
 from stages.params import require_at_least, require_one_of, require_within
 
 VARIANTS = ("lora", "rslora", "dora", "pissa")  # of modeling/lora.py, which imports torch
+OWN, TRL, UNSLOTH = "own", "trl", "unsloth"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Capability:
 class Params(Course):
     """The section `sft` of params.yaml; comments and units stand there."""
 
+    trainer: str
     capabilities: tuple[Capability, ...]
     rank: int
     alpha: float
@@ -67,6 +70,26 @@ class Params(Course):
         names = [capability.name for capability in self.capabilities]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"'capabilities' are {names}; name at least one, each once")
+        require_one_of((OWN, TRL, UNSLOTH), trainer=self.trainer)
+        if self.trainer != OWN:
+            self._require_plain()
+
+    def _require_plain(self) -> None:
+        """Refuse what only the own loop can do."""
+        mixed = [capability.name for capability in self.capabilities if capability.experts]
+        wrong = {
+            "'packing' is true": self.packing,
+            f"'experts' of {', '.join(mixed)} are to be trained": mixed,
+            "'variant' is pissa, which changes the weights that unsloth opens": (
+                self.trainer == UNSLOTH and self.variant == "pissa"
+            ),
+        }
+        for what, is_so in wrong.items():
+            if is_so:
+                raise ValueError(
+                    f"{what}, which trainer '{self.trainer}' does not do; change that, or set "
+                    f"'trainer' to {OWN}"
+                )
 
 
 def check_among(sections: Mapping[str, Any]) -> None:
@@ -74,3 +97,17 @@ def check_among(sections: Mapping[str, Any]) -> None:
     for capability in sections["sft"].capabilities:
         require_prepared("sft", capability.conversations, sections)
     require_general_text("sft", sections)
+    check_trainer(sections["sft"])
+
+
+def check_trainer(params: Params) -> None:
+    """Refuse a trainer that this machine does not have, naming what is missing."""
+    if params.trainer == UNSLOTH:
+        from modeling.backends import require
+
+        require(UNSLOTH, f"sft.trainer '{UNSLOTH}'")
+    if params.trainer != OWN and importlib.util.find_spec("trl") is None:
+        raise ValueError(
+            f"sft.trainer '{params.trainer}' needs TRL, which is not installed: "
+            ".venv/bin/pip install -c constraints.txt trl, or set sft.trainer to own"
+        )

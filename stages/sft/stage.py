@@ -3,8 +3,8 @@
 Steps, for each capability:
   1. put a new adapter on the student (modeling/lora.py), and a mini mixture of experts if it is
      asked for (modeling/moe.py)
-  2. train it on the capability's conversations, and on some general text against forgetting
-     (stages/finetuning.py)
+  2. train it on the capability's conversations, and on some general text against forgetting, with
+     the own loop (stages/finetuning.py), TRL or unsloth (trl_trainer.py, unsloth_process.py)
   3. measure, on what was never trained on: the loss of conversations from unseen templates, the
      perplexity of general text and the drift of the blocks, before and after
   4. refuse an adapter that has forgotten too much
@@ -20,13 +20,14 @@ import json
 from dataclasses import asdict
 
 from stages.contract import Job, Metrics, Stage
-from stages.sft.params import Capability, Params, check_among
+from stages.sft.params import OWN, UNSLOTH, Capability, Params, check_among, check_trainer
 
 BATCH_ROWS = 4  # of general text, where it is only measured
 
 
 def run(params: Params, job: Job) -> Metrics:
     """Teach one capability after the other; see the module's steps."""
+    check_trainer(params)
     metrics: Metrics = {}
     facts = {}
     for capability in params.capabilities:
@@ -42,7 +43,7 @@ def teach(capability: Capability, params: Params, job: Job) -> dict:
     from modeling.lora import AdapterShape, adapt, merged, trainable
     from modeling.moe import ExpertsShape, add_experts
     from modeling.skills import save_skill
-    from stages.finetuning import finetune, mean_loss
+    from stages.finetuning import mean_loss
     from stages.forgetting import compare, require_kept, row_losses
     from stages.student import open_student
 
@@ -61,7 +62,7 @@ def teach(capability: Capability, params: Params, job: Job) -> dict:
     if capability.experts is not None:
         some = lesson.general[:BATCH_ROWS]
         add_experts(student.model, ExpertsShape(**asdict(capability.experts)), some, params.seed)
-    rollbacks = finetune(adapted, lesson, job, capability.name)
+    rollbacks = train(adapted, lesson, params, job, capability.name, student.tokenizer)
     with merged(adapted) as model:
         forgetting = compare(before["rows"], row_losses(model, general, BATCH_ROWS))
         drift = student.drift(model, general[:BATCH_ROWS])
@@ -78,6 +79,20 @@ def teach(capability: Capability, params: Params, job: Job) -> dict:
         "drift": drift,
         "rollbacks": [asdict(back) for back in rollbacks],
     }
+
+
+def train(adapted, lesson, params: Params, job: Job, phase: str, tokenizer):
+    """Train the adapter, in place, with the trainer that is asked for; gives the rollbacks."""
+    from stages.finetuning import finetune
+
+    if params.trainer == OWN:
+        return finetune(adapted, lesson, job, phase)
+    from stages.sft.trl_trainer import finetune_with_trl
+    from stages.sft.unsloth_process import train_with_unsloth
+
+    if params.trainer == UNSLOTH:
+        train_with_unsloth(adapted, lesson, job, phase)  # finished then; only taken over below
+    return finetune_with_trl(adapted, lesson, job, phase, tokenizer)
 
 
 def read_lesson(capability: Capability, params: Params, job: Job, tokenizer):

@@ -36,6 +36,7 @@ ALL_CHANGES = {
     "--datasets": Changes(datasets="offline"),
     "--sample-size": Changes(sample_size=12),
     "--skip-non-llm": Changes(skip_non_llm=True),
+    "--use-unsloth": Changes(use_unsloth=True),
 }
 
 # --- what stays ------------------------------------------------------------------------------
@@ -84,6 +85,7 @@ def test_options_change_what_they_name_and_nothing_else(root: Path, option: str)
         "--datasets": {"prepare.datasets": select("datasets", "offline")},
         "--sample-size": {"prepare.sample_size": 12},
         "--skip-non-llm": {},
+        "--use-unsloth": {"sft.trainer": "unsloth"},
     }[option]
     before = flat(strict_yaml((root / "params.yaml").read_text()))
     after = flat(strict_yaml(changed_params(root, ALL_CHANGES[option])))
@@ -267,17 +269,9 @@ def test_data_sets_are_chosen_and_unknown_ones_refused(root: Path) -> None:
         changed_params(root, Changes(datasets="aritmetic"))
 
 
-def test_unsloth_without_a_stage_that_knows_it_is_refused(root: Path) -> None:
-    with pytest.raises(BadSetting, match="--use-unsloth.*'use_unsloth'"):
+def test_unsloth_without_a_stage_that_knows_trainers_is_refused(root: Path) -> None:
+    lines = (root / "params.yaml").read_text().splitlines(keepends=True)
+    without = [line for line in lines if not line.startswith("  trainer:")]
+    (root / "params.yaml").write_text("".join(without))
+    with pytest.raises(BadSetting, match="--use-unsloth: .*'trainer'; --preset laptop"):
         changed_params(root, Changes(use_unsloth=True))
-
-
-def test_unsloth_is_switched_on_in_every_section_that_has_it(root: Path) -> None:
-    text = (root / "params.yaml").read_text()
-    for section in ("prepare", "distill"):
-        text = text.replace(f"\n{section}:\n", f"\n{section}:\n  use_unsloth: false  # why\n")
-    (root / "params.yaml").write_text(text)
-    after = flat(strict_yaml(changed_params(root, Changes(use_unsloth=True))))
-    assert {key for key, value in after.items() if "unsloth" in key and value is True} == {
-        "prepare.use_unsloth", "distill.use_unsloth"
-    }  # fmt: skip

@@ -47,7 +47,7 @@ def capability(name: str, *conversations: str, **changed: Any) -> dict[str, Any]
 PARAMS: dict[str, dict[str, Any]] = {
     "sft": {
         **COURSE,
-        "capabilities": [capability("tools", CALLED)],
+        "trainer": "own", "capabilities": [capability("tools", CALLED)],
         "rank": 2, "alpha": 4.0, "variant": "lora",
     },
     "toolformer": {
