@@ -137,21 +137,20 @@ def test_what_only_the_own_loop_can_do_is_refused(changes: dict, message: str) -
         params(**changes)
 
 
-def test_without_trl_its_trainer_is_refused_saying_how_to_get_it(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ("trl", "'trl' needs TRL, .*pip install .*trl"),
+        ("unsloth", "sft.trainer 'unsloth' needs unsloth; .*pip install unsl"),
+    ],
+)
+def test_without_its_package_a_trainer_is_refused_saying_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, trainer: str, message: str
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="'trl' needs TRL, .*pip install .*trl"):
-        check_trainer(params(trainer="trl"))
+    with pytest.raises(ValueError, match=message):
+        check_trainer(params(trainer=trainer))
     check_trainer(params())
-
-
-def test_without_unsloth_its_trainer_is_refused_naming_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="sft.trainer 'unsloth' needs unsloth; .*pip install unsl"):
-        check_trainer(params(trainer="unsloth"))
 
 
 def test_the_stage_refuses_it_before_the_student_is_opened(
