@@ -40,8 +40,8 @@ from stages.distill.training import Lesson
 from stages.formats.importance import bootstrap_interval, read_importance, read_subspaces
 from stages.formats.targets import Batch, TeacherTargets
 from stages.formats.tokens import read_all_rows
+from stages.learning.training import TrainState
 from stages.params import read_section
-from stages.training import TrainState
 
 WARM_STEPS = 5
 TIMED_STEPS = 20

@@ -25,8 +25,8 @@ from runtime.generation.engine import Engine
 from runtime.tools.dispatch import Tools
 from stages.formats.answers import same_answer
 from stages.formats.conversations import Conversation
-from stages.solving import Solved, solve
-from stages.statistics import Share, mcnemar
+from stages.measuring.solving import Solved, solve
+from stages.measuring.statistics import Share, mcnemar
 
 AT_ONCE = 32
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

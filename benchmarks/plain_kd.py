@@ -40,8 +40,8 @@ from stages.distill.student import build_student, close_gaps, find_gaps
 from stages.formats.importance import bootstrap_interval, read_importance, read_subspaces
 from stages.formats.targets import TeacherTargets
 from stages.formats.tokens import read_all_rows, read_rows
+from stages.learning.training import TrainState
 from stages.params import read_section
-from stages.training import TrainState
 
 TIMED_STEPS = 4  # of which the first is not counted
 

@@ -18,7 +18,7 @@ from modeling.blocks import dissect
 from modeling.losses import SparseTargets, head_loss
 from modeling.protection import Bases, InputMoments, extend_all, linear_layers, protected_share
 from stages.distill.retention import Retention
-from stages.training import TrainState
+from stages.learning.training import TrainState
 
 BATCH_ROWS, TOP_K, CLIP, WARMUP = 8, 32, 1.0, 0.05
 WAYS = ("replayed", "subspaces", "both", "mixed")

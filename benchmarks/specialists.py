@@ -9,8 +9,9 @@ learns from their stored answers in sequence.
 Made affordable on a CPU: rows of 64 tokens; teachers and student train the blocks behind `prefix`
 and the final norm, the others, embedding and head stay; 32 rows of each skill are held out.
 
-Not yet measured. With one step each and a prefix of 28 it has been run up to the second lesson
-(arithmetic: base 2.922 nats a token, teacher 2.618; docs: 3.599 and 3.554), not to its end.
+Measured (seed 0, 723 s of one processor): the teachers take arithmetic from 2.922 to 0.966 nats a
+token and docs from 3.599 to 3.267. A student taught plainly in sequence keeps 78.5 % of arithmetic;
+one that goes over a quarter of a batch of it again keeps 97.6 %, and docs cost it 0.8 %.
 """
 
 import argparse

@@ -24,8 +24,8 @@ from stages.distill.student import build_student
 from stages.extract.harvest import Wanted, harvest
 from stages.formats.importance import Subspaces
 from stages.formats.targets import TeacherTargets, write_header, write_shard
+from stages.learning.training import TrainState
 from stages.process import keep_freed_memory
-from stages.training import TrainState
 
 TEACHER = "smollm2-135m"
 DROPPED, PREFIX, ANCHORS = [12, 13, 14, 17, 25, 26], 10, (19, 29)  # presets/laptop.yaml makes these

@@ -28,9 +28,9 @@ from runtime.prompt import prompt_tokens
 from stages.grpo.objective import advantages
 from stages.grpo.policy import Policy, Trace, accumulate
 from stages.grpo.rollouts import example_of
+from stages.learning.training import TrainState
 from stages.prepare.word_problems import training_problems
 from stages.process import keep_freed_memory
-from stages.training import TrainState
 
 STUDENT, SHAPE = "smollm2-135m", AdapterShape(16, 32.0, "lora")
 CANDIDATES, MOST_OWN, BATCHES, MOST_TOKENS = 4, 48, 4, 2048

@@ -3,7 +3,7 @@
     python -m venv TRL && TRL/bin/pip install trl==1.16.0 ...   # and .venv's torch, peft, ...
     .venv/bin/python -m benchmarks.trl_sft --trl-python TRL/bin/python [--rounds 5]
 
-    ours       stages/finetuning with sft.fast_path, as the stage runs
+    ours       stages/learning/finetuning with sft.fast_path, as the stage runs
     ours, own  the same with sft.fast_path: false (--own)
     TRL        SFTTrainer: 16 rows padded to the longest, labels on the counted tokens alone, its
                chunked cross-entropy, fused AdamW, no gradient checkpointing. Its padding-free

@@ -13,11 +13,19 @@ from benchmarks.turns import Figures, Stopwatch, answer
 from modeling.fast_path import fast_path
 from modeling.loading import locate, open_model, open_tokenizer, weights_folder
 from modeling.lora import Adapted, AdapterShape, adapt, open_adapted, save_adapter, trainable
-from stages.finetuning import rows_loss
+from stages.learning.finetuning import rows_loss
+from stages.learning.supervision import (
+    Example,
+    Rows,
+    SharedRows,
+    encode,
+    lay_out,
+    share,
+    side_by_side,
+)
+from stages.learning.training import TrainState
 from stages.prepare.word_problems import training_problems
 from stages.process import keep_freed_memory
-from stages.supervision import Example, Rows, SharedRows, encode, lay_out, share, side_by_side
-from stages.training import TrainState
 
 STUDENT, SHAPE = "smollm2-135m", AdapterShape(16, 32.0, "lora")
 BATCH, BATCHES, MOST_TOKENS = 16, 4, 2048  # presets/laptop.yaml
@@ -78,7 +86,7 @@ def tell(text: str) -> None:
 
 
 def our_step(adapted: Adapted, folder: Path, shares: bool) -> Callable[[list[Example]], float]:
-    """A step of stages/finetuning.py, without general text, validation and checkpoints."""
+    """A step of stages/learning/finetuning.py, without general text, validation and checkpoints."""
     training = TrainState(trainable(adapted), RATE, STEPS)
     model, pad = adapted.get_base_model(), open_tokenizer(folder / "student").eos_token_id
 

@@ -31,7 +31,7 @@ from stages.distill.width import narrow
 from stages.formats.importance import read_importance
 from stages.formats.targets import Batch
 from stages.formats.tokens import read_all_rows
-from stages.training import TrainState
+from stages.learning.training import TrainState
 
 TOP_K, RIDGE = 64, 0.1
 NO_REFIT = 1e9  # a ridge that leaves nothing to change

@@ -7,7 +7,7 @@ The only place that imports peft. Its format is what everybody else reads; what 
   never learns, and PEFT would not say so.
 - `check_learning` refuses, after the first backward pass, adapters that got no gradient.
 - Adapters have the type of the weights beside them (PEFT would make them float32, which is slow
-  where bfloat16 has units of its own); stages/training.py keeps float32 masters of them.
+  where bfloat16 has units of its own); stages/learning/training.py keeps float32 masters of them.
 
 Variants: lora (Hu 2021), rslora (Kalajdzievski 2023: scale alpha / sqrt(rank)), dora (Liu 2024:
 direction and magnitude apart), pissa (Meng 2024: starts at the principal singular values).

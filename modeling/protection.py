@@ -10,7 +10,7 @@ B is found from the second moment of the inputs on the earlier skill's rows, and
 each skill by what is new in it. Differs from the paper, which has plain SGD and SVD of sampled
 activations: moments are exact sums over all tokens, and with Adam, whose division by element turns
 a projected gradient back out of the complement, the step itself is to be projected
-(stages/training.py does both).
+(stages/learning/training.py does both).
 
 Covered: nn.Linear weights. Not covered: norms, biases, embeddings, experts kept as one tensor; they
 have no such subspace and have to stay as they are while a skill is protected. Inputs outside of B,

@@ -79,7 +79,7 @@ def test_a_command_is_one_simple_command(stage: str) -> None:
 
 def test_every_folder_of_a_stage_is_in_dvc_yaml() -> None:
     packages = {path.parent.name for path in (REPOSITORY / "stages").glob("*/__init__.py")}
-    strays = packages - set(ENTRIES) - {"formats"}
+    strays = packages - set(ENTRIES) - {"formats", "learning", "measuring"}
     assert not strays, f"no entry in dvc.yaml for stages/{', stages/'.join(sorted(strays))}"
 
 

@@ -30,8 +30,9 @@ class Findings:
     """Everything that a report says.
 
     facts: student.json.  table: model -> text -> measure -> Estimate.  speed: model -> numbers.
-    drift: model -> teacher block -> its drift (stages/drift.py); empty where the student has none
-    of the teacher's blocks.  skills: problems solved with tools, by the stage that taught it.
+    drift: model -> teacher block -> its drift (stages/measuring/drift.py); empty where the student
+    has none of the teacher's blocks.  skills: problems solved with tools, by the stage that taught
+    it.
     """
 
     facts: dict[str, Any]

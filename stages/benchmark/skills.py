@@ -1,7 +1,8 @@
 """What the student can do with tools: the same problems after each stage that taught it.
 
-Problems are held-out ones by which no stage has decided anything (stages/problems.py), answered
-greedily with live tools, by the student as it was distilled and with the adapter of each stage.
+Problems are held-out ones by which no stage has decided anything (stages/measuring/problems.py),
+answered greedily with live tools, by the student as it was distilled and with the adapter of each
+stage.
 """
 
 import json
@@ -9,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from stages.solving import Solved
-from stages.statistics import Share, mcnemar
+from stages.measuring.solving import Solved
+from stages.measuring.statistics import Share, mcnemar
 
 STEPS = ("student", "sft", "toolformer", "grpo")  # in the order in which they are made
 NAMES = {"+": "addition", "-": "subtraction", "*": "multiplication", "/": "division"}

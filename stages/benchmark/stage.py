@@ -141,8 +141,8 @@ def solve_all(folder: Path, params: Params, job: Job):
     from runtime.generation.engine import Engine
     from runtime.tools.dispatch import Tools
     from stages.benchmark.skills import STEPS, SkillScores
-    from stages.problems import benchmark_problems
-    from stages.solving import solve
+    from stages.measuring.problems import benchmark_problems
+    from stages.measuring.solving import solve
 
     adapters = {
         "sft": job.input("sft") / params.capability,
@@ -179,8 +179,8 @@ def measure_drift(
     """
     from modeling.blocks import dissect
     from stages.benchmark.scoring import TEACHER
-    from stages.drift import Site, counterparts, subspace_drift
     from stages.formats.importance import read_subspaces
+    from stages.measuring.drift import Site, counterparts, subspace_drift
 
     teacher, subspaces = models[TEACHER], read_subspaces(profile)
     shapes = {

@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 from modeling.blocks import BlockCalls, capture_calls, dissect, run_block
 from modeling.losses import head_loss
 from stages.distill.feeding import send
-from stages.drift import counterparts
 from stages.formats.importance import Subspaces
 from stages.formats.targets import Batch
+from stages.measuring.drift import counterparts
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ CONTROLS = {  # what differs in a control's loss
     "without_text": {"ce": 0.0},
     "without_answers": {"kd": 0.0},
 }
-OPTIMIZERS = ("adamw", "adamw_8bit")  # of stages/optimizers.py, which imports torch
+OPTIMIZERS = ("adamw", "adamw_8bit")  # of stages/learning/optimizers.py, which imports torch
 
 
 @dataclass(frozen=True)

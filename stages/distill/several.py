@@ -32,8 +32,8 @@ from stages.distill.objective import AnchorMaps, Objective, Weights
 from stages.distill.retention import Retention
 from stages.distill.training import Lesson, train
 from stages.formats.targets import Batch, TeacherTargets
+from stages.learning.recovery import Rollback
 from stages.ranks import ALONE
-from stages.recovery import Rollback
 
 if TYPE_CHECKING:
     from stages.distill.params import Params

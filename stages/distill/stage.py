@@ -102,7 +102,7 @@ def check_first(teacher: str, prepared) -> None:
 def take_device(params: Params):
     """The device that all is computed on; refuses an optimizer that cannot run here, at once."""
     from modeling.backends import be_deterministic, default_device
-    from stages.optimizers import check_optimizer
+    from stages.learning.optimizers import check_optimizer
 
     check_optimizer(params.optimizer)
     device = default_device()

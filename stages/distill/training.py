@@ -32,9 +32,9 @@ from stages.distill.objective import (
 )
 from stages.formats.importance import Subspaces
 from stages.formats.targets import Batch, TeacherTargets
+from stages.learning.recovery import Limits, Recovery, Rollback
+from stages.learning.training import TrainState
 from stages.ranks import ALONE, Ranks
-from stages.recovery import Limits, Recovery, Rollback
-from stages.training import TrainState
 
 if TYPE_CHECKING:
     from stages.distill.params import Params
@@ -106,7 +106,7 @@ def train(
 
     Deterministic: batch n follows from the seed and n alone. With bases, only the weights whose
     inputs they protect are trained, outside of what is protected; norms and biases stay. Gives how
-    often, and why, training was taken back (stages/recovery.py).
+    often, and why, training was taken back (stages/learning/recovery.py).
     What is trained is left without gradients, frozen.
     """
     params, ranks = lesson.params, lesson.ranks

@@ -18,7 +18,7 @@ from modeling.lora import Adapted, as_reference
 from modeling.shared_prefixes import forest_states, shares_prefixes
 from modeling.token_log_probs import token_log_probs
 from stages.grpo.objective import k3, token_losses, token_weights
-from stages.supervision import Example, alike, make_rows, share, side_by_side
+from stages.learning.supervision import Example, alike, make_rows, share, side_by_side
 
 
 @dataclass

@@ -6,8 +6,8 @@ from pathlib import Path
 from modeling.lora import trainable
 from stages.grpo.params import Params
 from stages.grpo.policy import Policy, Trace, accumulate, look_back
-from stages.probing import Probe
-from stages.training import TrainState
+from stages.learning.training import TrainState
+from stages.measuring.probing import Probe
 
 
 class Reinforcement:

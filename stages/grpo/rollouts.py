@@ -14,7 +14,7 @@ from stages.formats.conversations import Conversation
 from stages.grpo.objective import advantages
 from stages.grpo.policy import Trace
 from stages.grpo.rewards import Reward, weighted_sum
-from stages.supervision import Example
+from stages.learning.supervision import Example
 
 SEEDS_A_STEP = 2**20  # a step's draws are told from another's by the seed of its sampling
 
@@ -62,7 +62,8 @@ class Coach:
         self, answers: list[Answer], problems: Sequence[Conversation]
     ) -> tuple[list[float], dict[str, list[float]]]:
         """Answers that did not end by themselves, and those with a result that the model forged,
-        count as empty, whatever they say (as in stages/solving.py): nothing rewards them."""
+        count as empty, whatever they say (as in stages/measuring/solving.py): nothing rewards
+        them."""
         every = [problem for problem in problems for _ in range(self.candidates)]
         texts = [
             answer.text if answer.finished == "eos" and not answer.forged else ""

@@ -31,9 +31,9 @@ def run(params: Params, job: Job) -> Metrics:
     from runtime.tools.dispatch import Tools
     from stages.grpo.policy import Policy
     from stages.grpo.reinforcement import Reinforcement
-    from stages.problems import open_problems
-    from stages.student import find_adapter, open_student
-    from stages.verdict import weigh, write_kept
+    from stages.learning.student import find_adapter, open_student
+    from stages.measuring.problems import open_problems
+    from stages.measuring.verdict import weigh, write_kept
 
     student = open_student(job.input("distill"), job.inputs("profile"), job.input("prepare"))
     problems = open_problems(job.input("prepare"), params.conversations, params.probe_problems)
@@ -88,7 +88,7 @@ def reinforce(state, coach, engine, problems, params: Params, job: Job) -> None:
     """All steps that are left."""
     from modeling.fast_path import fast_path
     from modeling.lora import merged
-    from stages.probing import ask
+    from stages.measuring.probing import ask
 
     adapted = state.policy.adapted
 

@@ -2,7 +2,8 @@
 
 make     a function a data set: conversations to train on, and others to measure with
 clean    no request twice; nothing that shares 13 words with a benchmark or a held-out request
-mask     numbers that could only be recited (stages/number_masking.py), where that is asked for
+mask     numbers that could only be recited (number_masking.py of stages/learning/),
+         where that is asked for
 """
 
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from registry.catalog import lookup
 from registry.strict import strict_yaml
 from stages.contract import Job, Metrics
 from stages.formats.conversations import Conversation, write_conversations
-from stages.number_masking import mask_recited
+from stages.learning.number_masking import mask_recited
 from stages.prepare.arithmetic import training_problems as plain_problems
 from stages.prepare.clean import Document, drop_contaminated, drop_exact_duplicates
 from stages.prepare.gsm8k import conversation_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.agreement import require_general_text, require_prepared
-from stages.course import Course
+from stages.learning.course import Course
 from stages.params import require_at_least, require_one_of, require_within
 
 VARIANTS = ("lora", "rslora", "dora", "pissa")  # of modeling/lora.py, which imports torch

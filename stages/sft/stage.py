@@ -4,7 +4,8 @@ Steps, for each capability:
   1. put a new adapter on the student (modeling/lora.py), and a mini mixture of experts if it is
      asked for (modeling/moe.py)
   2. train it on the capability's conversations, and on some general text against forgetting, with
-     the own loop (stages/finetuning.py), TRL or unsloth (trl_trainer.py, unsloth_process.py)
+     the own loop (stages/learning/finetuning.py), TRL (trl_trainer.py) or unsloth
+     (unsloth_process.py)
   3. measure, on what was never trained on: the loss of conversations from unseen templates, the
      perplexity of general text and the drift of the blocks, before and after
   4. refuse an adapter that has forgotten too much
@@ -43,9 +44,9 @@ def teach(capability: Capability, params: Params, job: Job) -> dict:
     from modeling.lora import AdapterShape, adapt, merged, trainable
     from modeling.moe import ExpertsShape, add_experts
     from modeling.skills import save_skill
-    from stages.finetuning import mean_loss
-    from stages.forgetting import compare, require_kept, row_losses
-    from stages.student import open_student
+    from stages.learning.finetuning import mean_loss
+    from stages.learning.student import open_student
+    from stages.measuring.forgetting import compare, require_kept, row_losses
 
     student = open_student(job.input("distill"), job.inputs("profile"), job.input("prepare"))
     lesson, heldout = read_lesson(capability, params, job, student.tokenizer)
@@ -83,7 +84,7 @@ def teach(capability: Capability, params: Params, job: Job) -> dict:
 
 def train(adapted, lesson, params: Params, job: Job, phase: str, tokenizer):
     """Train the adapter, in place, with the trainer that is asked for; gives the rollbacks."""
-    from stages.finetuning import finetune
+    from stages.learning.finetuning import finetune
 
     if params.trainer == OWN:
         return finetune(adapted, lesson, job, phase)
@@ -100,10 +101,10 @@ def read_lesson(capability: Capability, params: Params, job: Job, tokenizer):
     only measured on."""
     import torch
 
-    from stages.finetuning import Lesson
     from stages.formats.conversations import read_conversations
     from stages.formats.tokens import read_all_rows
-    from stages.supervision import encode
+    from stages.learning.finetuning import Lesson
+    from stages.learning.supervision import encode
 
     prepared = job.input("prepare")
     known, unseen = (

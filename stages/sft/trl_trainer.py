@@ -3,7 +3,7 @@
 TRL's are the loop, the collator, the loss (its fused head) and, for a bfloat16 model, autocast.
 Ours are what must not differ: which conversations come at which step and which of their tokens
 count (`labels`), the rows of general text against forgetting, the optimizer's step (TrainState,
-lent to the trainer), and what takes a training back that runs away (stages/recovery.py). So
+lent to the trainer), and what takes a training back that runs away (learning/recovery.py). So
 checkpoints are those of the own loop, and an interrupted training goes on to the same bits.
 
 A batch is cut into as many equal parts as keep each at most `most_tokens` with padding, where one
@@ -26,10 +26,10 @@ from trl import SFTConfig, SFTTrainer
 
 from modeling.lora import Adapted, adapters_of, check_learning, trainable
 from stages.contract import Job
-from stages.finetuning import Lesson
-from stages.recovery import Limits, Recovery, Rollback
-from stages.supervision import Example, alike
-from stages.training import TrainState
+from stages.learning.finetuning import Lesson
+from stages.learning.recovery import Limits, Recovery, Rollback
+from stages.learning.supervision import Example, alike
+from stages.learning.training import TrainState
 
 IGNORED = -100  # the label of a token that no loss counts
 
@@ -37,7 +37,7 @@ IGNORED = -100  # the label of a token that no loss counts
 def finetune_with_trl(
     adapted: Adapted, lesson: Lesson, job: Job, phase: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[Rollback]:
-    """Train the adapter, in place, as `stages.finetuning.finetune` does.
+    """Train the adapter, in place, as `stages.learning.finetuning.finetune` does.
 
     tokenizer: SFTTrainer pads with its padding token, and makes EOS that where it has none.
     """

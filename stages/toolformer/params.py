@@ -10,7 +10,7 @@ from stages.agreement import (
     require_prepared,
     require_probes,
 )
-from stages.course import Course
+from stages.learning.course import Course
 from stages.params import require_at_least, require_within
 
 

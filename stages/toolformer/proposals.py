@@ -17,7 +17,7 @@ from runtime.generation.engine import Engine
 from runtime.prompt import inserted_tokens, prompt_tokens
 from runtime.tools.calls import Call, ToolResult, find_call
 from stages.formats.conversations import Conversation
-from stages.supervision import Example, alike, make_rows
+from stages.learning.supervision import Example, alike, make_rows
 
 
 @dataclass(frozen=True)

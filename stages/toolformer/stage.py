@@ -6,7 +6,8 @@ Steps:
   3. keep a call only where its result makes what follows likelier, by at least a threshold
      (usefulness.py)
   4. train on the texts with the kept calls in their places, beside as many of sft's conversations;
-     masked are what tools gave and numbers that could only be recited (stages/number_masking.py)
+     masked are what tools gave and numbers that could only be recited
+     (number_masking.py of stages/learning/)
   5. keep what was learnt, or revert to the adapter of step 1 and say so: when no call was kept,
      fewer probes are right than the interval of before allows for, or general text was forgotten
 
@@ -37,12 +38,12 @@ def run(params: Params, job: Job) -> Metrics:
     from modeling.skills import open_skill
     from runtime.generation.engine import Engine
     from runtime.tools.dispatch import Tools
-    from stages.finetuning import finetune
-    from stages.probing import ask
-    from stages.problems import open_problems
-    from stages.student import find_adapter, open_student
+    from stages.learning.finetuning import finetune
+    from stages.learning.student import find_adapter, open_student
+    from stages.measuring.probing import ask
+    from stages.measuring.problems import open_problems
+    from stages.measuring.verdict import weigh, write_kept
     from stages.toolformer.report import write_samples
-    from stages.verdict import weigh, write_kept
 
     student = open_student(job.input("distill"), job.inputs("profile"), job.input("prepare"))
     start = find_adapter(job.input("sft"), params.capability)
@@ -113,10 +114,10 @@ def make_lesson(told: list, params: Params, job: Job, tokenizer):
     """The texts with their calls, and as many of sft's conversations."""
     import torch
 
-    from stages.finetuning import Lesson
     from stages.formats.conversations import read_conversations
     from stages.formats.tokens import read_all_rows
-    from stages.supervision import encode
+    from stages.learning.finetuning import Lesson
+    from stages.learning.supervision import encode
 
     prepared = job.input("prepare")
     known = [

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.prompt import inserted_tokens
 from stages.formats.conversations import Conversation
-from stages.number_masking import mask_recited
-from stages.supervision import Example
+from stages.learning.number_masking import mask_recited
+from stages.learning.supervision import Example
 from stages.toolformer.proposals import Proposal, Text, log_probs_of
 
 FADE = 0.2  # of the weight, a token

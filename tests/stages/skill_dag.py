@@ -22,7 +22,7 @@ from stages.digests import write_manifest
 from stages.formats.conversations import Conversation, write_conversations
 from stages.formats.importance import BlockImportance, write_importance
 from stages.formats.tokens import write_rows, write_tokenizer
-from stages.supervision import encode
+from stages.learning.supervision import encode
 from tests.runtime.conversing import END, letters
 from tests.stages.lessons import rows, subspaces_of
 from tests.stages.tiny_dag import TEACHER, TinyDag

@@ -11,7 +11,7 @@ from stages.benchmark.skills import (
     flatten_skills,
     skill_verdicts,
 )
-from stages.solving import Solved
+from stages.measuring.solving import Solved
 
 
 def solved(right: int, count: int = 40, own_tokens: int = 50) -> list[Solved]:

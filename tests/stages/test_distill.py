@@ -21,8 +21,8 @@ from stages.distill.training import Lesson, train
 from stages.formats.importance import read_subspaces
 from stages.formats.targets import Batch, TeacherTargets
 from stages.formats.tokens import read_all_rows
+from stages.learning.recovery import RunAway
 from stages.process import Stopped
-from stages.recovery import RunAway
 from tests.stages.lessons import (
     PREFIX,
     rows,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling.blocks import block_outputs, dissect, drop_blocks
-from stages.drift import Site, counterparts, subspace_drift
+from stages.measuring.drift import Site, counterparts, subspace_drift
 from tests.stages.lessons import block_outputs as hooked_outputs
 from tests.stages.lessons import rows, subspaces_of
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mamba

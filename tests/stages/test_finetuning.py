@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from modeling.lora import AdapterShape, adapt, trainable
-from stages.course import Course
-from stages.finetuning import Lesson, draw, finetune, mean_loss
-from stages.forgetting import Forgetting, Forgot, compare, require_kept, row_losses
+from stages.learning.course import Course
+from stages.learning.finetuning import Lesson, draw, finetune, mean_loss
+from stages.measuring.forgetting import Forgetting, Forgot, compare, require_kept, row_losses
 from tests.stages.lessons import rows
 from tests.stages.test_supervision import example
 from tests.tiny import tiny_llama, tiny_mamba

@@ -7,9 +7,9 @@ import torch
 
 from modeling.lora import AdapterShape, adapt, trainable
 from modeling.moe import ExpertsShape, IdleExpert, add_experts
-from stages.finetuning import finetune
+from stages.learning.finetuning import finetune
+from stages.learning.supervision import lay_out
 from stages.sft.params import Capability, Experts
-from stages.supervision import lay_out
 from tests.stages.lessons import rows
 from tests.stages.test_finetuning import Desk, lesson
 from tests.tiny import tiny_mamba

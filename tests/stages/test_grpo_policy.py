@@ -7,7 +7,7 @@ import torch
 
 from modeling.lora import AdapterShape, adapt, keep_reference, save_adapter, trainable
 from stages.grpo.policy import Policy, Trace, accumulate, look_back
-from stages.supervision import Example
+from stages.learning.supervision import Example
 from tests.tiny import tiny_llama
 
 CLIP, BETA, MOST_OWN = 0.2, 0.1, 8

@@ -3,7 +3,7 @@
 import pytest
 
 from stages.formats.conversations import Conversation, joined
-from stages.number_masking import mask_recited
+from stages.learning.number_masking import mask_recited
 
 CALL = '<<calc>>{"expression": "48/2"}'
 

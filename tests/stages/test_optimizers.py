@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stages.optimizers import check_optimizer, make_optimizer
-from stages.training import TrainState
+from stages.learning.optimizers import check_optimizer, make_optimizer
+from stages.learning.training import TrainState
 from tests.stages.test_distill import params
 
 has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from stages.formats.conversations import write_conversations
+from stages.measuring.problems import benchmark_problems, open_problems
 from stages.prepare.skills import Wanted, arithmetic_tools
-from stages.problems import benchmark_problems, open_problems
 from tests.stages.skill_dag import CALLED, HELD_OUT, KNOWN, PLAIN, in_the_head, problem
 
 

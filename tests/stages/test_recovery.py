@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.recovery import ENOUGH, MOST, Limits, Recovery, RunAway
-from stages.training import TrainState
+from stages.learning.recovery import ENOUGH, MOST, Limits, Recovery, RunAway
+from stages.learning.training import TrainState
 
 
 def started(folder: Path, spike: float = 3.0, regression: float = 0.1) -> Recovery:

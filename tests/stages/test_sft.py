@@ -10,12 +10,12 @@ import pytest
 
 from modeling.lora import DeadAdapter, linear_layers, open_merged
 from stages.digests import write_manifest
-from stages.finetuning import rows_loss
-from stages.forgetting import Forgot
+from stages.learning.finetuning import rows_loss
+from stages.learning.student import open_student
+from stages.learning.supervision import encode, lay_out
+from stages.measuring.forgetting import Forgot
 from stages.process import Stopped
 from stages.sft.params import VARIANTS, Capability, Params
-from stages.student import open_student
-from stages.supervision import encode, lay_out
 from tests.runtime.conversing import letters
 from tests.stages.skill_dag import (
     CALLED,

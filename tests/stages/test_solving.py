@@ -9,10 +9,10 @@ import pytest
 from modeling.lora import AdapterShape, adapt, merged
 from runtime.generation.answers import Answer, Sampling
 from runtime.generation.engine import Engine
-from stages.forgetting import Forgetting, Forgot, require_kept
-from stages.probing import Probe, ask, why_not
-from stages.solving import Solved, solve
-from stages.statistics import Share
+from stages.measuring.forgetting import Forgetting, Forgot, require_kept
+from stages.measuring.probing import Probe, ask, why_not
+from stages.measuring.solving import Solved, solve
+from stages.measuring.statistics import Share
 from tests.runtime.conversing import Calculator, letters
 from tests.stages.skill_dag import HELD_OUT, KNOWN, student
 from tests.stages.test_grpo_rollouts import answer

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.statistics import Share, mcnemar
+from stages.measuring.statistics import Share, mcnemar
 
 
 def test_intervals_are_wilsons() -> None:

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from runtime.prompt import PLAIN, SYSTEM, prompt_tokens
-from stages.finetuning import rows_loss
 from stages.formats.conversations import Conversation
-from stages.supervision import Example, encode, lay_out, pack, share, side_by_side
+from stages.learning.finetuning import rows_loss
+from stages.learning.supervision import Example, encode, lay_out, pack, share, side_by_side
 from tests.characters import character_tokenizer
 from tests.tiny import tiny_llama, tiny_mamba
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stages.training import TrainState, schedule
+from stages.learning.training import TrainState, schedule
 from tests.stages.lessons import same
 
 RATE, STEPS = 1e-2, 10

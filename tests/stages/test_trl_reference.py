@@ -18,9 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modeling.fast_path import fast_path
 from modeling.lora import Adapted, AdapterShape, adapt, open_adapted, save_adapter, trainable
-from stages.finetuning import rows_loss
 from stages.grpo.policy import Policy, Trace, accumulate
-from stages.supervision import Example, lay_out, share
+from stages.learning.finetuning import rows_loss
+from stages.learning.supervision import Example, lay_out, share
 from tests.modeling.test_export import VOCABULARY, saved
 from tests.modeling.vocabularies import trained_bpe
 from tests.tiny import REPOSITORY, tiny_llama

@@ -15,11 +15,11 @@ import torch
 
 import modeling.backends
 from modeling.lora import DeadAdapter, adapt, trainable
-from stages.finetuning import finetune
+from stages.learning.finetuning import finetune
+from stages.learning.recovery import Limits, Recovery, Rollback
+from stages.learning.training import TrainState
 from stages.process import Stopped
-from stages.recovery import Limits, Recovery, Rollback
 from stages.sft.trl_trainer import Lent, finetune_with_trl
-from stages.training import TrainState
 from tests.runtime.conversing import letters
 from tests.stages.skill_dag import PLAIN, capability, make_skill_dag
 from tests.stages.test_finetuning import SHAPE, Desk, lesson

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.drift import Site, counterparts, subspace_drift
 from stages.formats.importance import bootstrap_interval, read_subspaces
 from stages.formats.tokens import read_rows
+from stages.measuring.drift import Site, counterparts, subspace_drift
 
 
 class Forgot(RuntimeError):
@@ -86,7 +86,7 @@ def measure_drift(
     batch_rows: int,
 ) -> dict[int, float]:
     """How far each block's output has moved in the subspace of the teacher's block that it stands
-    for (stages/drift.py): block of the teacher -> drift. `before` and `after` have one shape."""
+    for (drift.py): block of the teacher -> drift. `before` and `after` have one shape."""
     subspaces = read_subspaces(profile)
     places = counterparts(range(len(subspaces.mean)), dropped)
     sites = [Site(block, place, place) for block, place in places.items()]

@@ -4,7 +4,7 @@
     adamw_8bit   bitsandbytes' (Dettmers 2022): both moments in 8 bits, in blocks of 256 weights
                  with a scale each; 2 bytes a weight. Tensors below 4,096 weights keep float32
 
-Both work on the float32 masters of stages/training.py. Measured with bitsandbytes 0.50 on a CPU,
+Both work on the float32 masters of training.py. Measured with bitsandbytes 0.50 on a CPU,
 where it works but is slow; not on a GPU yet.
 """
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modeling.backends import be_deterministic, default_device
 from modeling.blocks import dissect
 from modeling.loading import open_model, open_tokenizer
-from stages.forgetting import general_rows, measure_drift
 from stages.formats.importance import read_subspaces
+from stages.measuring.forgetting import general_rows, measure_drift
 
 
 @dataclass(frozen=True)

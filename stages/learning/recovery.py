@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from stages.training import TrainState
+from stages.learning.training import TrainState
 
 WINDOW, ENOUGH = 50, 20  # losses that a spike is measured by, and how many there must be
 MOST = 5  # rollbacks

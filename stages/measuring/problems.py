@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.finetuning import draw
 from stages.formats.conversations import Conversation, read_conversations
+from stages.learning.finetuning import draw
 
 STREAM = 2  # of random numbers: another order than that of conversations and rows
 

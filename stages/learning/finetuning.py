@@ -1,6 +1,6 @@
 """Train an adapter on conversations: what sft and toolformer share.
 
-A step's loss is the mean cross-entropy of the counted tokens (stages/supervision.py) plus, against
+A step's loss is the mean cross-entropy of the counted tokens (supervision.py) plus, against
 forgetting, a little of that of some rows of the general text which the student was distilled on: a
 skill's loss is soon a hundredth of the text's, and Adam's steps are measured by the noise of both.
 Logits are
@@ -29,10 +29,10 @@ from modeling.losses import text_loss
 from modeling.moe import balance_loss, check_routing, find_experts
 from modeling.shared_prefixes import forest_states, shares_prefixes
 from stages.contract import Job
-from stages.course import Course
-from stages.recovery import Limits, Recovery, Rollback
-from stages.supervision import Example, Rows, SharedRows, lay_out, share, side_by_side
-from stages.training import TrainState
+from stages.learning.course import Course
+from stages.learning.recovery import Limits, Recovery, Rollback
+from stages.learning.supervision import Example, Rows, SharedRows, lay_out, share, side_by_side
+from stages.learning.training import TrainState
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def draw(places: range, count: int, seed: tuple[int, ...]) -> Iterator[int]:
 def finetune(adapted: Adapted, lesson: Lesson, job: Job, phase: str) -> list[Rollback]:
     """Train the adapter, in place; goes on from a checkpoint of this phase.
 
-    Gives how often, and why, training was taken back (stages/recovery.py). Raises DeadAdapter after
+    Gives how often, and why, training was taken back (recovery.py). Raises DeadAdapter after
     the first backward pass where a layer learns nothing.
     """
     course = lesson.course

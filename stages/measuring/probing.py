@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from modeling.lora import Adapted, merged
 from runtime.generation.answers import Sampling
 from runtime.generation.engine import Engine
-from stages.forgetting import Forgetting
 from stages.formats.conversations import Conversation
-from stages.solving import Solved, solve
-from stages.statistics import Share
+from stages.measuring.forgetting import Forgetting
+from stages.measuring.solving import Solved, solve
+from stages.measuring.statistics import Share
 
 AT_ONCE = 32  # problems
 

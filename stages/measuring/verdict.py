@@ -9,9 +9,9 @@ from torch import Tensor
 
 from modeling.lora import Adapted, merged
 from modeling.skills import open_skill, save_skill
-from stages.forgetting import Forgetting, compare, row_losses
-from stages.probing import Probe, why_not
-from stages.student import Student
+from stages.learning.student import Student
+from stages.measuring.forgetting import Forgetting, compare, row_losses
+from stages.measuring.probing import Probe, why_not
 
 BATCH_ROWS = 4  # of general text
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modeling.protection import Bases, project
-from stages.optimizers import ADAMW, make_optimizer, state_of, take_state
+from stages.learning.optimizers import ADAMW, make_optimizer, state_of, take_state
 from stages.ranks import ALONE, Ranks
 
 
@@ -25,7 +25,7 @@ class TrainState:
 
     bases: protected subspaces of layers' inputs, for parameters named LAYER.weight. Their gradients
     are projected, and then their steps too, since Adam's division by element turns them back.
-    optimizer: a name in stages/optimizers.py.  ranks: who trains together.
+    optimizer: a name in stages/learning/optimizers.py.  ranks: who trains together.
     """
 
     def __init__(

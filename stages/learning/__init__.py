@@ -1,0 +1,1 @@
+"""How weights are trained, whatever a stage trains: data in, optimizer, and what goes wrong."""
