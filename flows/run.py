@@ -9,7 +9,6 @@
 """
 
 import hashlib
-import json
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from flows.console import Estimate, ProgressView, duration, plan_table, result_table
+from flows.expectations import expectations, note_usage
 from flows.plan import (
     Node,
     clear_dead_locks,
@@ -36,7 +36,6 @@ from flows.settings import BadSetting, Changes, changed_params, flat, read_optio
 from flows.stage_process import Outcome, StageRunner
 from registry.strict import strict_yaml
 
-LEDGER = Path("scratch") / "last_runs.json"
 VERDICTS = 3  # sentences of the report that are shown: those on the text trained for
 
 
@@ -125,31 +124,6 @@ def put_params_in_force(root: Path, new: str, preset: str | None, console: Conso
     console.print(f"params.yaml now has {shown}", highlight=False)
 
 
-def expectations(root: Path, params: dict[str, Any], nodes: list[Node]) -> dict[str, Any]:
-    """Time and memory of each node: of its last run here, else the preset's figure on 2 cores."""
-    ledger = read_ledger(root)
-    known: dict[str, Any] = {}
-    for node in nodes:
-        last = ledger.get(f"{params['preset']}/{node.name}")
-        reference = params["pipeline"]["expected"].get(node.stage, {"seconds": 60, "gib": 1.0})
-        seconds = last["seconds"] if last else reference["seconds"]
-        gib = last["gib"] if last else reference["gib"]
-        mark = "" if last else "~ "
-        known[node.name] = {
-            "seconds": seconds, "time": mark + duration(seconds), "memory": f"{mark}{gib:.1f} GiB"
-        }  # fmt: skip
-    return known
-
-
-def read_ledger(root: Path) -> dict[str, Any]:
-    """What each stage took the last time it ran here."""
-    path = root / LEDGER
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # none yet, or cut short by a kill
-        return {}
-
-
 class _Run:
     """The state of one run: who runs, who draws, who records."""
 
@@ -212,7 +186,7 @@ class _Run:
         tags = {"output": output_digest(self.root, node)}
         if outcome.state == "ran":
             tags["fingerprint"] = outcome.fingerprint
-            self._note_usage(outcome)
+            note_usage(self.root, self.params["preset"], node.name, outcome.seconds)
         self.tracker.stage_finished(outcome, tags, self.runner.log_path(node))
         self.view.finished(outcome, said)
 
@@ -236,18 +210,6 @@ class _Run:
             on_failure=self.failed,
         )
         run_flow(work, self.root)
-
-    def _note_usage(self, outcome: Outcome) -> None:
-        name = outcome.node.name
-        path = self.root / "scratch" / name / "last" / "result.json"
-        measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
-        ledger = read_ledger(self.root)
-        ledger[f"{self.params['preset']}/{name}"] = {
-            "seconds": round(outcome.seconds, 1), "gib": measured["peak_memory_gib"]
-        }  # fmt: skip
-        part = self.root / LEDGER.with_suffix(".part")
-        part.write_text(json.dumps(ledger, indent=1), encoding="utf-8")
-        part.replace(self.root / LEDGER)
 
     def _tags(self, request: Request) -> dict[str, str]:
         asked = request.only or (f"from {request.start}" if request.start else "all")

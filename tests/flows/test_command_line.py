@@ -13,9 +13,10 @@ import yaml
 from rich.console import Console
 
 from flows.__main__ import build_parser
+from flows.expectations import LEDGER
 from flows.lock import LOCK_HELD, PipelineLock
 from flows.plan import keep_lockfile, read_nodes
-from flows.run import LEDGER, Request, dry_run, put_params_in_force
+from flows.run import Request, dry_run, put_params_in_force
 from flows.settings import Changes, changed_params
 from flows.status import show_status
 from tests.flows.project import NODES, REPOSITORY, Project, snapshot, wait_for
