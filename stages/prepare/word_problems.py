@@ -32,6 +32,9 @@ KINDS = {  # of relations (templates/README.md)
     "/": ("shared", "packed", "unit", "fraction"),
 }
 SEVERAL = "several"  # the group of problems with more than one step
+FILES = {
+    "+": "addition", "-": "subtraction", "*": "multiplication", "/": "division", SEVERAL: "several"
+}  # fmt: skip
 GROUPS = (*OPERATIONS, SEVERAL)
 LARGEST = 10**7  # of any result
 IN_WORDS = 0.85  # of the answers say what is computed
@@ -68,9 +71,9 @@ class Template:
 @lru_cache
 def templates(split: str) -> dict[str, tuple[Template, ...]]:
     """The templates of `training` or `heldout`, by group: an operator, or SEVERAL."""
-    content = strict_yaml(FOLDER / f"{split}.yaml")
-    single = {sign: _single(sign, content[sign]) for sign in OPERATIONS}
-    return single | {SEVERAL: _several(content[SEVERAL])}
+    found = {group: strict_yaml(FOLDER / split / f"{name}.yaml") for group, name in FILES.items()}
+    single = {sign: _single(sign, found[sign]) for sign in OPERATIONS}
+    return single | {SEVERAL: _several(found[SEVERAL])}
 
 
 def training_problems(seed: int) -> Iterator[Conversation]:
