@@ -43,6 +43,19 @@ def mask_recited(conversation: Conversation) -> Conversation:
     return replace(conversation, segments=tuple(masked))
 
 
+def first_told(prompt: str, reply: str) -> list[int]:
+    """Where in a reply without calls a number begins that nothing before it gives away: one that
+    stands neither in the prompt nor earlier in the reply. In characters."""
+    seen = _in_sight(prompt)
+    found = []
+    for match in NUMBER.finditer(reply):
+        value = _value(match.group())
+        if value not in seen:
+            found.append(match.start())
+        seen.add(value)
+    return found
+
+
 def _split(text: str, seen: set[Fraction]) -> list[Segment]:
     """Own text, cut where a number is recited."""
     calls = calls_in(text)

@@ -7,9 +7,9 @@ mask     numbers that could only be recited (number_masking.py of stages/learnin
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from registry.strict import strict_yaml
 from stages.contract import Job, Metrics
 from stages.formats.conversations import Conversation, write_conversations
 from stages.learning.number_masking import mask_recited
-from stages.prepare.arithmetic import training_problems as plain_problems
 from stages.prepare.clean import Document, drop_contaminated, drop_exact_duplicates
 from stages.prepare.gsm8k import conversation_of
 from stages.prepare.react import react_traces
 from stages.prepare.sources import read_rows
+from stages.prepare.traces import in_the_head
 from stages.prepare.word_problems import heldout_problems, training_problems
+
+RESULT_LINES = ("{} is the result.", "That makes {}.", "{} it is.", "The result is {}.")
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,16 @@ def arithmetic_tools(wanted: Wanted, rows: Rows) -> Made:
 
 
 def arithmetic_plain(wanted: Wanted, rows: Rows) -> Made:
-    """Word problems worked out in the head, in which the model may find where a call helps."""
-    del rows
-    made = zip(
-        range(2 * (wanted.train + wanted.heldout)), plain_problems(wanted.seed), strict=False
+    """Other word problems, worked out in the head: the model may find where a call helps."""
+    made = arithmetic_tools(replace(wanted, seed=wanted.seed + 1), rows)
+    train, heldout = (
+        [
+            replace(told, id=f"plain/{told.id}", segments=in_the_head(told.segments, line))
+            for told, line in zip(part, cycle(RESULT_LINES), strict=False)
+        ]
+        for part in made
     )
-    return hold_out([_worked_out(*problem) for _, problem in made], wanted)
-
-
-def _worked_out(id: str, text: str) -> Conversation:
-    """A generated document, "Question: ... Answer: ... The answer is n.", as a conversation."""
-    question, answer = text.removeprefix("Question: ").split("\nAnswer: ")
-    working, result = answer.removesuffix(".").split(" The answer is ")
-    return Conversation(
-        id=id,
-        capability="arithmetic",
-        segments=(("prompt", question), ("own", f"{working}\nFINAL: {result}")),
-        answer=result,
-    )
+    return train, heldout
 
 
 def gsm8k_tools(wanted: Wanted, rows: Rows) -> Made:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.formats.conversations import RESULT_MARK, Segment
+from stages.formats.conversations import RESULT_MARK, Segment, calls_in
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,21 @@ def trace(prompt: str, steps: Sequence[Step], closing: str) -> tuple[Segment, ..
         value = json.dumps(step.result, ensure_ascii=False)
         segments.append(("result", f"{RESULT_MARK}{value}\n"))
     return (*segments, ("own", closing))
+
+
+def in_the_head(segments: Sequence[Segment], line: str) -> tuple[Segment, ...]:
+    """The same answer without calls: where one stood, a line states what it gave.
+
+    line: with a place for the value, such as "That makes {}.".
+    """
+    told = ""
+    for kind, text in segments[1:]:
+        if kind == "result":
+            told += line.format(text.removeprefix(RESULT_MARK).rstrip("\n")) + "\n"
+        else:
+            start, _ = next(iter(calls_in(text)), (len(text), 0))
+            told += text[:start]
+    return segments[0], ("own", told)
 
 
 def final(answer: object) -> str:

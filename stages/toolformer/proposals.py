@@ -1,9 +1,11 @@
 """Where a call might help, and which: Toolformer's steps 1 and 2 (Schick 2023, section 2).
 
-A text is a request and a reply without calls. Before each token of the reply the model is asked how
+A text is a request and a reply without calls. Where a number follows that nothing before it gives
+away (Schick's heuristics for the calculator are of that kind, appendix A), the model is asked how
 likely it would begin a call there; at the likeliest places it writes some, and they are run.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,17 +19,23 @@ from runtime.generation.engine import Engine
 from runtime.prompt import inserted_tokens, prompt_tokens
 from runtime.tools.calls import Call, ToolResult, find_call
 from stages.formats.conversations import Conversation
+from stages.learning.number_masking import first_told
 from stages.learning.supervision import Example, alike, make_rows
 
 
 @dataclass(frozen=True)
 class Text:
-    """A conversation without calls, in tokens. starts: of each reply token, in characters."""
+    """A conversation without calls, in tokens.
+
+    starts: of each reply token, in characters.  numbers: reply tokens with which numbers begin that
+    nothing before them gives away.
+    """
 
     conversation: Conversation
     prompt: tuple[int, ...]
     reply: tuple[int, ...]
     starts: tuple[int, ...]
+    numbers: tuple[int, ...]
 
     @classmethod
     def of(cls, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> "Text":
@@ -45,7 +53,14 @@ class Text:
             for (start, _), before in zip(encoded["offset_mapping"], ends, strict=False)
         )
         prompt = prompt_tokens(conversation.prompt, tokenizer)
-        return cls(conversation, tuple(prompt), tuple(encoded["input_ids"]), starts)
+        told = first_told(conversation.prompt, conversation.reply)
+        numbers = tuple(bisect_right(starts, at) - 1 for at in told)
+        return cls(conversation, tuple(prompt), tuple(encoded["input_ids"]), starts, numbers)
+
+    def places(self, reach: int) -> list[int]:
+        """Reply tokens with one of the numbers among the `reach` tokens from there on."""
+        near = {place for at in self.numbers for place in range(max(0, at - reach + 1), at + 1)}
+        return sorted(near)
 
 
 @dataclass(frozen=True)
@@ -98,16 +113,21 @@ def find_places(
     tokenizer: PreTrainedTokenizerBase,
     most: int,
     least: float,
+    reach: int,
 ) -> list[Place]:
     """The `most` likeliest places of a text for each tool, of at least probability `least`.
 
-    A place's probability is that of the whole opening, of which a forward pass gives the first
+    reach: among how many tokens behind a place the number has to begin that a call might tell. A
+    place's probability is that of the whole opening, of which a forward pass gives the first
     token's; the rest of it follows almost surely in a model that was taught the form.
     """
+    candidates = torch.tensor(text.places(reach), dtype=torch.long)
+    if not len(candidates):
+        return []
     tokens = torch.tensor([text.prompt + text.reply], device=model.device)
     hidden = model.base_model(tokens, use_cache=False).last_hidden_state[0]
     head = model.get_output_embeddings().weight
-    before = hidden[len(text.prompt) - 1 : -1].to(head.dtype)  # the state before each reply token
+    before = hidden[len(text.prompt) - 1 + candidates].to(head.dtype)  # the state before each
     found = []
     for tool in tools:
         first = inserted_tokens(opening(tool), tokenizer)[0]
@@ -116,7 +136,7 @@ def find_places(
         values, places = probabilities.topk(min(most, len(probabilities)))
         found += [
             Place(number, token, tool, value)
-            for value, token in zip(values.tolist(), places.tolist(), strict=True)
+            for value, token in zip(values.tolist(), candidates[places.cpu()].tolist(), strict=True)
             if value >= least
         ]
     return found

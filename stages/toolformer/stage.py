@@ -2,7 +2,8 @@
 
 Steps:
   1. go on from the adapter of sft, which knows the form of a call
-  2. texts without calls: where would the model begin one, and which (proposals.py)? Run them
+  2. texts without calls: where, shortly before a number that nothing gives away, would the model
+     begin one, and which (proposals.py)? Run them
   3. keep a call only where its result makes what follows likelier, by at least a threshold
      (usefulness.py)
   4. train on the texts with the kept calls in their places, beside as many of sft's conversations;
@@ -93,8 +94,9 @@ def find_calls(model, engine, tokenizer, params: Params, job: Job):
     places = []
     for number, text in enumerate(texts):
         places += find_places(
-            model, text, number, params.tools, tokenizer, params.places, params.place_probability
-        )
+            model, text, number, params.tools, tokenizer, params.places, params.place_probability,
+            params.following_tokens,
+        )  # fmt: skip
         job.note("places", number + 1, len(texts), places=len(places))
     sampling = Sampling(1.0, 1.0, CALL_TOKENS, 0, params.seed)
     proposals, written = propose(engine, texts, places, tokenizer, sampling, params.tries)

@@ -53,7 +53,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "toolformer": {
         **COURSE, "capability": "tools", "conversations": [CALLED], "texts": [PLAIN],
         "most_texts": 2, "tools": ["py"], "places": 1, "place_probability": 0.05, "tries": 1,
-        "following_tokens": 5, "threshold": 0.5, "probe_problems": 2,
+        "following_tokens": 8, "threshold": 0.5, "probe_problems": 2,
     },
     "grpo": {
         "capability": "tools", "conversations": [CALLED], "steps": 3, "prompts": 2,

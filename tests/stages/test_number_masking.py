@@ -3,7 +3,7 @@
 import pytest
 
 from stages.formats.conversations import Conversation, joined
-from stages.learning.number_masking import mask_recited
+from stages.learning.number_masking import first_told, mask_recited
 
 CALL = '<<calc>>{"expression": "48/2"}'
 
@@ -72,3 +72,18 @@ def test_answers_without_a_call_keep_their_knowledge() -> None:
 def test_masking_twice_is_masking_once() -> None:
     once = mask_recited(conversation("That is 24, or 12 + 12. "))
     assert mask_recited(once) == once
+
+
+@pytest.mark.parametrize(
+    ("reply", "places"),
+    [
+        ("Halve 48: 24 is it. FINAL: 24", [10]),
+        ("1200 and 3.5 are 1,203.5", [17]),
+        ("7 and 7 and 8", [0, 12]),
+        ("Nothing.", []),
+    ],
+)
+def test_a_number_is_told_first_where_nothing_before_gives_it_away(
+    reply: str, places: list[int]
+) -> None:
+    assert first_told("Half of 48, of 1,200 and of 3.50?", reply) == places

@@ -14,6 +14,7 @@ from stages.prepare.clean import Document
 from stages.prepare.skills import (
     CONVERSATION_SOURCES,
     Wanted,
+    arithmetic_plain,
     arithmetic_tools,
     clean_conversations,
     prepare_skill,
@@ -51,6 +52,20 @@ def test_a_skill_is_written_where_later_stages_read_it(tmp_path: Path) -> None:
     assert train == arithmetic_tools(WANTED, ())[0], "their answers recite nothing"
 
 
+def test_what_is_worked_out_in_the_head_states_every_result_and_calls_nothing() -> None:
+    plain, heldout = arithmetic_plain(WANTED, ())
+    assert (len(plain), len(heldout)) == (40, 10)
+    called = {found.prompt for found in arithmetic_tools(WANTED, ())[0]}
+    assert called.isdisjoint(found.prompt for found in plain)
+    twins, _ = arithmetic_tools(replace(WANTED, seed=1), ())
+    for found, twin in zip(plain, twins, strict=True):
+        ((asked, prompt), (own, reply)) = found.segments
+        assert (asked, own) == ("prompt", "own") and prompt == twin.prompt and "<<" not in reply
+        results = [text[10:-1] for kind, text in twin.segments if kind == "result"]
+        lines = [line for line in reply.splitlines() if any(r in line for r in results)]
+        assert len(lines) >= len(results) and reply.endswith(f"\nFINAL: {results[-1]}")
+
+
 def test_repeated_requests_and_what_is_measured_are_dropped() -> None:
     benchmark = Document("exam", "1", words(0, 30))
     train = [
@@ -68,7 +83,8 @@ def test_repeated_requests_and_what_is_measured_are_dropped() -> None:
 def test_a_data_set_that_gives_nothing_to_measure_with_is_refused(tmp_path: Path) -> None:
     job = make_project(tmp_path).job()
     everything = [
-        Document("exam", found.id, found.prompt) for found in arithmetic_tools(WANTED, ())[0]
+        Document("exam", found.id, f"{found.prompt}\n{found.reply}")
+        for found in arithmetic_tools(WANTED, ())[0]
     ]
     with pytest.raises(ValueError, match="gave 0 conversations.*train_conversations"):
         prepare_skill("arithmetic-tools", WANTED, False, everything, job)

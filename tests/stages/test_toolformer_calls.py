@@ -75,14 +75,32 @@ def test_places_are_the_likeliest_ones_for_a_call_to_begin() -> None:
         naive_log_probs([*text.prompt, *text.reply[:at]], [first]).exp().item()
         for at in range(len(text.reply))
     ]
-    found = find_places(student(), text, 5, ["py"], letters(), 3, 0.0)
-    order = sorted(range(len(naive)), key=lambda at: -naive[at])
+    found = find_places(student(), text, 5, ["py"], letters(), 3, 0.0, reach=99)
+    order = sorted(range(8 + 1), key=lambda at: -naive[at])  # the number begins at 8
     assert [place.token for place in found] == order[:3]
     for place in found:
         assert place.probability == pytest.approx(naive[place.token], rel=1e-3)
         assert (place.text, place.tool) == (5, "py")
     least = (naive[order[0]] + naive[order[1]]) / 2
-    assert len(find_places(student(), text, 0, ["py"], letters(), 3, least)) == 1
+    assert len(find_places(student(), text, 0, ["py"], letters(), 3, least, 99)) == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "places"),
+    [
+        ("That is 42.", [6, 7, 8]),
+        ("42", [0]),
+        ("6, 7: 42, 42!", [4, 5, 6]),  # 6 and 7 stand in the request, the second 42 behind another
+        ("1 or 2", [0, 3, 4, 5]),
+        ("No idea.", []),
+    ],
+)
+def test_a_call_may_stand_only_shortly_before_a_number_that_nothing_gives_away(
+    reply: str, places: list[int]
+) -> None:
+    assert told(reply).places(reach=3) == places
+    found = find_places(student(), told(reply), 0, ["py"], letters(), 99, 0.0, reach=3)
+    assert sorted(place.token for place in found) == places
 
 
 def test_the_model_writes_calls_and_those_with_a_result_are_proposed() -> None:
