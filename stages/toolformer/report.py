@@ -1,10 +1,10 @@
 """What was found of calls: counts for the metrics, and samples that a person can check."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.formats.conversations import Conversation
+from stages.learning.number_masking import NUMBER
 from stages.toolformer.proposals import Text
 from stages.toolformer.usefulness import Judged
 
@@ -27,7 +27,7 @@ class Found:
 
     @property
     def counts(self) -> dict[str, float]:
-        """Flat numbers. calls_to_the_point: kept ones with whose result the text goes on."""
+        """Flat numbers. calls_to_the_point: kept ones that give the number the text tells next."""
         return {
             "texts": len(self.texts),
             "calls_written": self.written,
@@ -38,8 +38,8 @@ class Found:
         }
 
     def _is_to_the_point(self, one: Judged) -> bool:
-        value = re.escape(str(one.proposal.result.value))
-        return re.match(rf"\s*{value}(?![\w]|[.,]\d)", self._after(one)) is not None
+        told = NUMBER.search(self._after(one))
+        return told is not None and told.group() == str(one.proposal.result.value)
 
     def _before(self, one: Judged) -> str:
         text = self.texts[one.proposal.place.text]

@@ -188,9 +188,9 @@ def test_a_number_that_a_call_should_give_is_not_taught_before_it() -> None:
 # --- the report ------------------------------------------------------------------------------
 
 
-def test_a_call_is_to_the_point_when_the_text_goes_on_with_its_result(tmp_path) -> None:
+def test_a_call_is_to_the_point_when_its_result_is_the_next_number_of_the_text(tmp_path) -> None:
     texts = [told("That is 42. FINAL: 42")]
-    good, early = judged(8, 1.0), judged(7, 0.9)  # before the number, and before its space
+    good, early = judged(8, 1.0), judged(0, 0.9)  # before the number, and at the very beginning
     part, wrong = judged(8, 0.8, result=4), judged(8, 0.7, result=7)
     found = Found(texts, 9, [good, early, part, wrong], [good, early, part], [])
     assert found.counts["calls_to_the_point"] == 2
