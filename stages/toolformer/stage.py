@@ -6,9 +6,8 @@ Steps:
      begin one, and which (proposals.py)? Run them
   3. keep a call only where its result makes what follows likelier, by at least a threshold
      (usefulness.py)
-  4. train on the texts with the kept calls in their places, beside as many of sft's conversations;
-     masked are what tools gave and numbers that could only be recited
-     (number_masking.py of stages/learning/)
+  4. train on the kept calls in their places, beside as many of sft's conversations; what stands
+     around the calls is read, and left out of the loss, as what tools gave is
   5. keep what was learnt, or revert to the adapter of step 1 and say so: when no call was kept,
      fewer probes are right than the interval of before allows for, or general text was forgotten
 

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime.prompt import inserted_tokens
 from stages.formats.conversations import Conversation
-from stages.learning.number_masking import mask_recited
 from stages.learning.supervision import Example
 from stages.toolformer.proposals import Proposal, Text, log_probs_of
 
@@ -91,8 +90,9 @@ def with_calls(
 ) -> list[Conversation]:
     """The texts that calls were kept for, with the calls and results in their places.
 
-    Numbers that nothing in sight gives away are left out of the loss, or the text would still teach
-    to work them out in the head.
+    The calls alone are to be learnt: what stands around them is left out of the loss. Schick counts
+    it, in texts like those that the model was made from; here it would be another style of answer
+    to the questions of sft, and its numbers worked out in the head.
     """
     by_text: dict[int, list[Judged]] = {}
     for one in kept:
@@ -104,12 +104,13 @@ def with_calls(
         segments = [("prompt", text.conversation.prompt)]
         for one in sorted(calls, key=lambda one: one.proposal.place.token):
             start = text.starts[one.proposal.place.token]
-            segments.append(("own", reply[at:start] + one.proposal.call.text))
+            segments.append(("recited", reply[at:start]))
+            segments.append(("own", one.proposal.call.text))
             segments.append(("result", write_result(one.proposal.result)))
             at = start
-        segments.append(("own", reply[at:]))
+        segments.append(("recited", reply[at:]))
         source = text.conversation
         id = f"toolformer/{source.id}"
-        made = Conversation(id, source.capability, tuple(segments), source.answer, source.facts)
-        told.append(mask_recited(made))
+        shown = tuple(segment for segment in segments if segment[1])
+        told.append(Conversation(id, source.capability, shown, source.answer, source.facts))
     return told

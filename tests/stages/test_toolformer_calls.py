@@ -178,11 +178,16 @@ def test_kept_calls_stand_at_their_characters_in_the_order_of_the_text() -> None
     assert made.id == "toolformer/1" and made.answer == "42" and made.prompt == "6*7?"
 
 
-def test_a_number_that_a_call_should_give_is_not_taught_before_it() -> None:
-    (made,) = with_calls([told("That is 42. FINAL: 42")], [judged(12, 1.0)], write_result)
-    assert [text for kind, text in made.segments if kind == "recited"] == ["42"]
+def test_of_a_text_with_calls_the_calls_alone_are_taught() -> None:
     (made,) = with_calls([told("That is 42. FINAL: 42")], [judged(8, 1.0)], write_result)
-    assert not [text for kind, text in made.segments if kind == "recited"]
+    assert made.segments[1:] == (
+        ("recited", "That is "),
+        ("own", '<<py>>{"code": "6*7"}'),
+        ("result", "<<result>>42\n"),
+        ("recited", "42. FINAL: 42"),
+    )
+    (made,) = with_calls([told("42")], [judged(0, 1.0)], write_result)
+    assert [kind for kind, _ in made.segments] == ["prompt", "own", "result", "recited"]
 
 
 # --- the report ------------------------------------------------------------------------------
