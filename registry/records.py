@@ -180,8 +180,8 @@ class Source:
     hub: id on the Hugging Face hub, with its revision (commit, branch; None is the newest), config
     (None is the only or default one) and split.
     file: JSON lines with the same rows as the hub's, below $NANOFOUNDRY_DATA where that is set.
-    conversations: name of a function in stages/prepare/skills.py. With a hub dataset it turns its
-    rows into conversations; alone it makes them, and works offline.
+    conversations: name of a function that stages/prepare/skills.py lists. With a hub dataset
+    it turns its rows into conversations; alone it makes them, and works offline.
     """
 
     python: str | None = None

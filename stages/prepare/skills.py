@@ -6,12 +6,10 @@ mask     numbers that could only be recited (number_masking.py of stages/learnin
          where that is asked for
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 from registry.catalog import lookup
 from registry.strict import strict_yaml
@@ -20,25 +18,16 @@ from stages.formats.conversations import Conversation, write_conversations
 from stages.learning.number_masking import mask_recited
 from stages.prepare.clean import Document, drop_contaminated, drop_exact_duplicates
 from stages.prepare.gsm8k import conversation_of
+from stages.prepare.interface_texts import german_interface
+from stages.prepare.python_skills import python_code, python_questions
 from stages.prepare.react import react_traces
+from stages.prepare.small_talk import small_talk
 from stages.prepare.sources import read_rows
+from stages.prepare.splits import Made, Rows, Wanted, digest, hold_out
 from stages.prepare.traces import in_the_head
 from stages.prepare.word_problems import heldout_problems, training_problems
 
 RESULT_LINES = ("{} is the result.", "That makes {}.", "{} it is.", "The result is {}.")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """How many conversations of each split at most, and the seed of what is drawn."""
-
-    train: int
-    heldout: int
-    seed: int
-
-
-Made = tuple[list[Conversation], list[Conversation]]  # train, held out
-Rows = Iterable[dict[str, Any]]  # of the hub; empty for what is made here
 
 
 def arithmetic_tools(wanted: Wanted, rows: Rows) -> Made:
@@ -80,7 +69,7 @@ def devops(wanted: Wanted, rows: Rows) -> Made:
     topics = strict_yaml(Path(__file__).with_name("devops.yaml"))
     told = [
         Conversation(
-            id=_digest(entry["ask"])[:16],
+            id=digest(entry["ask"])[:16],
             capability="devops",
             segments=(("prompt", entry["ask"]), ("own", entry["answer"])),
             answer=None,
@@ -92,23 +81,16 @@ def devops(wanted: Wanted, rows: Rows) -> Made:
     return hold_out(told, wanted)
 
 
-def hold_out(conversations: list[Conversation], wanted: Wanted) -> Made:
-    """Hold out a tenth, or fewer where fewer are wanted, by a hash of the request and the seed."""
-    order = sorted(conversations, key=lambda told: _digest(f"{wanted.seed}/{told.prompt}"))
-    held = min(wanted.heldout, len(order) // 10)
-    return order[held : held + wanted.train], order[:held]
-
-
-def _digest(text: str) -> str:
-    return sha256(text.encode()).hexdigest()
-
-
 CONVERSATION_SOURCES: dict[str, Callable[[Wanted, Rows], Made]] = {
     "arithmetic_tools": arithmetic_tools,
     "arithmetic_plain": arithmetic_plain,
     "gsm8k_tools": gsm8k_tools,
     "react_tools": react_tools,
     "devops": devops,
+    "python_code": python_code,
+    "python_questions": python_questions,
+    "small_talk": small_talk,
+    "german_interface": german_interface,
 }
 
 
