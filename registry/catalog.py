@@ -1,4 +1,4 @@
-"""Look things up by name: teachers, students, datasets, benchmarks, tiers.
+"""Look things up by name: teachers, students, datasets, benchmarks, tiers, capabilities.
 
     >>> from registry.catalog import lookup, names, select
     >>> lookup("teachers", "smollm2-135m").parameters
@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
+from registry.capabilities import Capability, require_sound
 from registry.records import Benchmark, Dataset, Student, Teacher, Tier
 from registry.strict import read_entries
 
@@ -26,9 +27,10 @@ KINDS = {
     "datasets": Dataset,
     "benchmarks": Benchmark,
     "tiers": Tier,
+    "capabilities": Capability,
 }
 
-Entry = Teacher | Student | Dataset | Benchmark | Tier
+Entry = Teacher | Student | Dataset | Benchmark | Tier | Capability
 
 
 class UnknownName(ValueError):
@@ -56,7 +58,7 @@ def lookup(kind: str, name: str, folder: Path = FOLDER) -> Entry:
     """
     entries = _entries(kind, folder)
     if name not in entries:
-        raise UnknownName(kind.removesuffix("s"), name, list(entries))
+        raise UnknownName(_one_of(kind), name, list(entries))
     return entries[name]
 
 
@@ -71,7 +73,7 @@ def select(kind: str, spec: str, folder: Path = FOLDER) -> list[str]:
     words = {word.strip() for word in spec.split(",")}
     for word in sorted(words):
         if word != "all" and word not in entries and word not in tags:
-            raise UnknownName(f"{kind.removesuffix('s')} or tag", word, list(entries), tags)
+            raise UnknownName(f"{_one_of(kind)} or tag", word, list(entries), tags)
     return [
         name
         for name, entry in entries.items()
@@ -84,8 +86,17 @@ def _entries(kind: str, folder: Path) -> MappingProxyType[str, Entry]:
     """All records of a kind by name; read once a process, and read-only because it is shared."""
     if kind not in KINDS:
         raise UnknownName("kind", kind, list(KINDS))
-    return MappingProxyType(read_entries(folder / f"{kind}.yaml", KINDS[kind]))
+    path = folder / f"{kind}.yaml"
+    entries = read_entries(path, KINDS[kind])
+    if kind == "capabilities":  # made of other kinds' entries
+        require_sound(entries, _entries("datasets", folder), _entries("tiers", folder), path)
+    return MappingProxyType(entries)
+
+
+def _one_of(kind: str) -> str:
+    """The singular of a kind: a capability, a tier."""
+    return f"{kind[:-3]}y" if kind.endswith("ies") else kind.removesuffix("s")
 
 
 def _tags(entry: Entry) -> tuple[str, ...]:
-    return getattr(entry, "tags", ())  # students and tiers have none
+    return getattr(entry, "tags", ())  # students, tiers and capabilities have none
