@@ -82,7 +82,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     tensors: dict[str, Place] = {}
     for file in _weight_files(folder):
-        tensors.update(_read_header(file))
+        tensors.update(read_header(file))
     return Checkpoint(folder, tensors)
 
 
@@ -114,7 +114,8 @@ def _files_of(index: Path) -> list[Path]:
         raise _damaged(index, "it holds no weight_map of tensors and files") from error
 
 
-def _read_header(file: Path) -> dict[str, Place]:
+def read_header(file: Path) -> dict[str, Place]:
+    """Where one file has which tensors. Raises BadCheckpoint for a damaged file."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -87,28 +87,29 @@ def need_of(
     def joined(names: Collection[str]) -> int:
         """While a block whose packed experts are fused is put into memory to stay."""
         packed = (name for name in names if name in fused and checkpoint.is_packed(name))
-        return sum(2 * _bytes_in_memory(checkpoint, name, dtype) for name in packed)
+        return sum(2 * bytes_in_memory(checkpoint, name, dtype) for name in packed)
 
     outside = set(checkpoint.tensors).difference(*blocks)
     two = 2 * max(map(read, blocks), default=0)
     copies = max(map(converted, blocks), default=0) + converted(outside.difference(left))
     work = batch_tokens * (width * 64 + min(vocabulary, 1 << 16) * 2)
     token = 3 * width * dtype.itemsize  # a hidden state, what the head gets, what else is kept
-    weights = sum(_bytes_in_memory(checkpoint, name, dtype) for name in checkpoint.tensors)
+    weights = sum(bytes_in_memory(checkpoint, name, dtype) for name in checkpoint.tensors)
     weights += max(map(joined, blocks), default=0)
     return Need(weights, two + copies, work, token, batch_tokens, tokens)
 
 
 def _bytes_of_copies(checkpoint: "Checkpoint", name: str, fused: bool, dtype: "torch.dtype") -> int:
     """What a tensor takes beside its place in the buffer, when it is put into the model."""
-    in_memory = _bytes_in_memory(checkpoint, name, dtype)
+    in_memory = bytes_in_memory(checkpoint, name, dtype)
     unpacked = in_memory if checkpoint.is_packed(name) else 0
     if fused:
         return unpacked + 2 * in_memory  # stacked, then joined
     return unpacked or (in_memory if _is_cast(checkpoint.tensors[name], dtype) else 0)
 
 
-def _bytes_in_memory(checkpoint: "Checkpoint", name: str, dtype: "torch.dtype") -> int:
+def bytes_in_memory(checkpoint: "Checkpoint", name: str, dtype: "torch.dtype") -> int:
+    """What a tensor takes once it is loaded to be computed with in a type."""
     place = checkpoint.tensors[name]
     in_memory = dtype if _is_cast(place, dtype) else place.dtype
     return math.prod(place.shape) * in_memory.itemsize

@@ -277,9 +277,11 @@ class Tier:
 
     memory_gb: accelerator memory, in units of 10^9 bytes.  max_rank: of an adapter in this tier,
     and of what one of its teachers may have protected of a layer's inputs.
+    context: tokens of a prompt and its answer that have to fit, beside weights and adapters.
     """
 
     name: str
     memory_gb: int
     max_rank: int
+    context: int
     description: str

@@ -115,7 +115,8 @@ class PackedSession(Session):
         if len(alive) < len(self._prompt_lengths):
             self._prompt_lengths = self._prompt_lengths[alive]
             longest = int(self._prompt_lengths.max()) if alive else 0
-            self._prompts = [kept[:, alive, :, :longest] for kept in self._prompts]
+            for index, kept in enumerate(self._prompts):  # one after the other: each is a copy
+                self._prompts[index] = kept[:, alive, :, :longest]
         self._groups = Groups.of([alive.index(group) for group in groups])
         return order
 

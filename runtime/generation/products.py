@@ -42,11 +42,13 @@ def pack(parts: list[Part], packing: str) -> Product:
     """A product whose result is those of some linear layers with the same input, side by side."""
     if packing == "plain":
         return lambda x: torch.cat([linear(x, *part) for part in parts], -1)
-    weight = torch.cat([weight.detach() for weight, _ in parts])
+    weights = [weight.detach() for weight, _ in parts]
     bias = _joined_bias(parts)
-    if packing == "float16" and weight.abs().max() <= LARGEST_HALF:
+    if packing == "float16" and all(_fits_half(weight) for weight in weights):
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # the head is large
         packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    weight = torch.cat(weights)  # a copy always: what is in order already would be shared
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
@@ -57,6 +59,12 @@ def _joined_bias(parts: list[Part]) -> Tensor | None:
     zeros = [weight.new_zeros(len(weight)) for weight, _ in parts]
     chosen = [zero if b is None else b for (_, b), zero in zip(parts, zeros, strict=True)]
     return torch.cat([bias.detach() for bias in chosen])
+
+
+def _fits_half(weight: Tensor) -> bool:
+    """Whether float16 has a number for each; without the copy that an absolute value would be."""
+    least, most = weight.aminmax()
+    return bool(least >= -LARGEST_HALF and most <= LARGEST_HALF)
 
 
 def _has_fbgemm() -> bool:

@@ -69,12 +69,13 @@ def test_every_tier_of_a_teacher_exists_and_every_tier_has_a_teacher() -> None:
     assert {teacher.tier for teacher in every("teachers")} == set(names("tiers"))
 
 
-def test_a_larger_tier_has_more_memory_and_a_higher_rank() -> None:
+def test_a_larger_tier_has_more_memory_a_higher_rank_and_a_longer_context() -> None:
     tiers = every("tiers")
     assert [tier.name for tier in tiers] == ["core", "pro", "ultra"]
     assert [tier.memory_gb for tier in tiers] == [8, 12, 16]
     assert [tier.max_rank for tier in tiers][1:] == [512, 1024]
     assert tiers[0].max_rank < tiers[1].max_rank
+    assert [tier.context for tier in tiers] == [2048, 4096, 8192]
 
 
 def test_a_language_model_reads_text_and_predicts_the_next_token() -> None:
@@ -201,6 +202,7 @@ def test_changing_the_returned_list_does_not_change_the_registry() -> None:
 REFUSED = {
     "an unknown field": ("teachers", "  gated: false", "  gatd: false", "unknown field 'gatd'"),
     "a missing field": ("tiers", "  memory_gb: 8\n", "", "field 'memory_gb' is missing"),
+    "a tier of no context": ("tiers", "  context: 2048\n", "", "field 'context' is missing"),
     "a wrong type": ("tiers", "memory_gb: 8", "memory_gb: 8 GB", "'memory_gb'.*expected int"),
     "a truth value as a count": ("tiers", "memory_gb: 8", "memory_gb: true", "expected int"),
     "a word for a list": ("teachers", "[general, chat, offline]", "chat", "'tags'.*a list"),
