@@ -10,8 +10,9 @@ the context with runtime.generation's Engine. Printed are the prediction, the mo
 that the system saw (VmHWM), and their ratio; the last line is the case that is furthest off.
 
 Measured (AVX2, float32, one thread, a SmolLM2 of 24 blocks): 8 adapters, 2 rows of 256 tokens,
-1,429 MiB predicted, 1,388 measured, 1.029. By hand, without adapters: 1.002 for 1 row of 968 and
-0.965 for 4. The nine cases of the default have not been run together yet.
+1,429 MiB predicted, 1,388 measured, 1.029; 1 adapter, 1 row of 1,024, 1,365 and 1,381, 0.989. By
+hand, without adapters: 1.002 for 1 row of 968 and 0.965 for 4. The nine cases of the default have
+not been run together yet.
 
 On a GPU (--device cuda) it is the memory that torch gave out at the most there; where there is
 none, the benchmark says so and ends.
