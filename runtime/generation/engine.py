@@ -10,6 +10,9 @@
    results are inserted, and read in the step after.
 4. Rows that ended are dropped, so the others get faster.
 
+With an AdapterBank, each prompt may have an adapter of its own, or a weighted mix, and all are
+decoded together (runtime/adapters).
+
 Models like Llama on a CPU are decoded from a packed copy of their weights (packed_model.py), which
 is as old as the last `refresh`; all others through transformers (any_model.py). `Engine.path` says
 which, and why.
@@ -26,6 +29,8 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from runtime.adapters.bank import AdapterBank
+from runtime.adapters.rows import Choice, Mix, weights_of
 from runtime.generation.answers import Answer, Row, Sampling
 from runtime.generation.any_model import CachedSession
 from runtime.generation.drawing import draw
@@ -55,12 +60,18 @@ class Engine:
         *,
         half_weights: bool = True,
         rows_at_once: int = ROWS_AT_ONCE,
+        bank: AdapterBank | None = None,
     ) -> None:
-        """half_weights: see packed_model.py. rows_at_once: bounds memory and the size of a step."""
+        """half_weights: see packed_model.py. rows_at_once: bounds memory and the size of a step.
+
+        bank: what `answer` takes adapters from. Raises ValueError for one of another model.
+        """
         if hasattr(model, "get_base_model"):  # PEFT's wrapper
             model = model.get_base_model()
         self.model, self.tokenizer, self.tools = model, tokenizer, tools
-        self._rows_at_once = rows_at_once
+        if bank is not None and bank.model is not model:
+            raise ValueError("the bank holds adapters of another model than the engine's")
+        self._rows_at_once, self._bank = rows_at_once, bank
         self._ends = end_tokens(model, tokenizer)
         text = model.config.get_text_config()
         self.context: int | None = getattr(text, "max_position_embeddings", None)
@@ -78,13 +89,20 @@ class Engine:
 
     @torch.no_grad()  # not inference mode: what a model keeps for itself must stay trainable
     def answer(
-        self, prompts: Sequence[list[int]], candidates: int, sampling: Sampling
+        self,
+        prompts: Sequence[list[int]],
+        candidates: int,
+        sampling: Sampling,
+        adapters: Sequence[Choice] | None = None,
     ) -> list[list[Answer]]:
         """Write some candidates for each prompt (token ids): [prompt][candidate].
 
-        Raises ValueError, naming the prompt, for one that is empty or fills the model's context.
+        adapters: one a prompt: a name of the bank, weights by name, or None for the model as it is;
+        those taken are the same for the whole call. Raises ValueError, naming the prompt, for one
+        that is empty or fills the model's context, and what `AdapterBank.take` does.
         """
         self._check(prompts, candidates)
+        mixes = self._take(adapters, len(prompts))
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         together = max(1, self._rows_at_once // candidates)  # similar lengths, so little waiting
         answers: dict[tuple[int, int], Answer] = {}
@@ -93,7 +111,9 @@ class Engine:
         try:
             for first in range(0, len(prompts), together):
                 indices = by_length[first : first + together]
-                for row in self._decode(prompts, indices, candidates, sampling):
+                if mixes is not None:
+                    indices = side_by_side(indices, mixes)
+                for row in self._decode(prompts, indices, candidates, sampling, mixes):
                     answers[row.prompt, row.candidate] = self._answer_of(row)
         finally:
             self.model.train(training)
@@ -111,11 +131,32 @@ class Engine:
                     f"{self.context}, so at most {self.context - 1} leave room for an answer"
                 )
 
+    def _take(self, adapters: Sequence[Choice] | None, prompts: int) -> list[Mix] | None:
+        """What each prompt's rows get, from the bank; None where none gets anything."""
+        if adapters is None:
+            return None
+        if len(adapters) != prompts:
+            raise ValueError(f"there are {len(adapters)} adapters for {prompts} prompts; one each")
+        chosen = [weights_of(choice) for choice in adapters]
+        names = {name: None for weights in chosen for name in weights}
+        if not names:
+            return None
+        if self._bank is None:
+            raise ValueError(f"there is no bank to take adapters {', '.join(names)} from")
+        held = self._bank.take(names)
+        return [tuple((held[name], w) for name, w in weights.items()) for weights in chosen]
+
     def _decode(
-        self, prompts: Sequence[list[int]], indices: list[int], candidates: int, sampling: Sampling
+        self,
+        prompts: Sequence[list[int]],
+        indices: list[int],
+        candidates: int,
+        sampling: Sampling,
+        mixes: list[Mix] | None,
     ) -> list[Row]:
         """All answers to some of the prompts, decoded together."""
-        session = self._open([prompts[index] for index in indices], candidates)
+        own = None if mixes is None else [mixes[index] for index in indices]
+        session = self._open([prompts[index] for index in indices], candidates, own)
         rows = [
             Row(index, candidate, room=self._room(prompts[index]))
             for index in indices
@@ -139,10 +180,10 @@ class Engine:
                 rows, fed = [rows[place] for place in order], [fed[place] for place in order]
             ready, logits = session.step(fed)
 
-    def _open(self, prompts: list[list[int]], candidates: int) -> Session:
+    def _open(self, prompts: list[list[int]], candidates: int, mixes: list[Mix] | None) -> Session:
         if self._packed is not None:
-            return PackedSession(self._packed, prompts, candidates)
-        return CachedSession(self.model, prompts, candidates)
+            return PackedSession(self._packed, prompts, candidates, mixes)
+        return CachedSession(self.model, prompts, candidates, mixes)
 
     def _room(self, prompt: list[int]) -> int:
         """Tokens that fit behind a prompt; any number where the model has no longest context."""
@@ -192,6 +233,12 @@ class Engine:
             finished=row.finished,
             forged=row.forged,
         )
+
+
+def side_by_side(indices: list[int], mixes: list[Mix]) -> list[int]:
+    """Prompts with the same adapters behind one another: their rows need no gathering then."""
+    places: dict[Mix, int] = {}
+    return sorted(indices, key=lambda index: places.setdefault(mixes[index], len(places)))
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

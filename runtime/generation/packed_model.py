@@ -1,7 +1,8 @@
 """A model like Llama as a few packed matrices and a short forward, made for decoding on a CPU.
 
 Like Llama: blocks of RMSNorm, attention by q, k, v, o with rotary positions, RMSNorm, gated MLP;
-biases or not, and every block may have its own number of heads and neurons. Parts are found by
+biases or not, and every block may have its own number of heads and neurons. Adapters that are not
+in the weights can be added to some rows (runtime/adapters/rows.py). Parts are found by
 their names in the block, never by the model's family, and the whole is tried against the model's
 own forward on a few tokens: what has another formula somewhere (Gemma's norms, Granite's factors)
 gives other logits and is refused, as are sliding windows and positions that depend on the length.
@@ -17,13 +18,15 @@ Letters: N tokens, D hidden width, H query heads, K key/value heads, C size of a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, rms_norm
 from transformers import PreTrainedModel
 
-from modeling.blocks import Anatomy, dissect
+from modeling.blocks import Anatomy, dissect, find_blocks
+from runtime.adapters.rows import Columns, RowDeltas
 from runtime.generation.products import Part, Product, pack, packing_for
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -52,14 +55,29 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class PackedLayers:
+    """Linear layers with the same input, as one product."""
+
+    product: Product
+    columns: Columns
+
+    def __call__(self, x: Tensor, deltas: RowDeltas | None) -> Tensor:
+        """Their results side by side, with what adapters add to some rows: (N, D) -> (N, F)."""
+        y = self.product(x)
+        if deltas is not None:
+            deltas.add_to(y, x, self.columns)
+        return y
+
+
+@dataclass(frozen=True)
 class PackedBlock:
     """What a block computes with."""
 
     norms: tuple[Norm, Norm]
-    qkv: Product
-    o: Product
-    gate_up: Product
-    down: Product
+    qkv: PackedLayers
+    o: PackedLayers
+    gate_up: PackedLayers
+    down: PackedLayers
     activation: nn.Module
     heads: int  # H
     kv_heads: int  # K
@@ -100,18 +118,20 @@ class PackedModel:
         """Pack the matrices as they are now; the embedding and the norms are the model's own."""
         self._pack(self._packing)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states behind the last block: (N,), (N,) -> (N, D)."""
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attend: Attend, deltas: RowDeltas | None = None
+    ) -> Tensor:
+        """Hidden states behind the last block: (N,), (N,) -> (N, D). deltas: of these N tokens."""
         x = embedding(tokens, self._embedding)
         cos, signed_sin = self._angles(positions, x)
         for index, block in enumerate(self.blocks):
             rotated = block.heads + block.kv_heads
-            qkv = block.qkv(block.norms[0](x)).unflatten(-1, (-1, self.head_size))
+            qkv = block.qkv(block.norms[0](x), deltas).unflatten(-1, (-1, self.head_size))
             qk = rotate(qkv[:, :rotated], cos, signed_sin)
             mixed = attend(index, qk[:, : block.heads], qk[:, block.heads :], qkv[:, rotated:])
-            x = x + block.o(mixed.flatten(1))
-            gate, up = block.gate_up(block.norms[1](x)).chunk(2, -1)
-            x = x + block.down(block.activation(gate).mul_(up))
+            x = x + block.o(mixed.flatten(1), deltas)
+            gate, up = block.gate_up(block.norms[1](x), deltas).chunk(2, -1)
+            x = x + block.down(block.activation(gate).mul_(up), deltas)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -129,8 +149,9 @@ class PackedModel:
         self._head = pack([_part(anatomy.head)], packing)
         kept = getattr(self, "blocks", [None] * len(anatomy.blocks))
         self.blocks: list[PackedBlock] = kept
+        place, _ = find_blocks(self._model)
         for index, block in enumerate(anatomy.blocks):
-            kept[index] = _pack_block(block, self.head_size, packing)
+            kept[index] = _pack_block(block, f"{place}.{index}", self.head_size, packing)
 
     def _refuse_windows(self) -> None:
         config = self._model.config.get_text_config()
@@ -193,8 +214,9 @@ def _rotary_of(model: PreTrainedModel) -> nn.Module:
     return found[0]
 
 
-def _pack_block(block: nn.Module, head_size: int, packing: str) -> PackedBlock:
-    """Pack a block. Raises NotPackable, naming what is missing or too many."""
+def _pack_block(block: nn.Module, place: str, head_size: int, packing: str) -> PackedBlock:
+    """Pack a block of this name. Raises NotPackable, naming what is missing or too many."""
+    full = {name.rpartition(".")[2]: f"{place}.{name}" for name, _ in block.named_modules()}
     named = {name.rpartition(".")[2]: module for name, module in block.named_modules()}
     if missing := [role for role in ROLES if role not in named]:
         raise NotPackable(f"{type(block).__name__} has no {', '.join(missing)}")
@@ -206,12 +228,18 @@ def _pack_block(block: nn.Module, head_size: int, packing: str) -> PackedBlock:
     activation = getattr(named.get("mlp"), "act_fn", None)
     if activation is None:
         raise NotPackable(f"{type(block).__name__} has no mlp with an act_fn")
+
+    def together(*roles: str) -> PackedLayers:
+        ends = list(accumulate(sizes[role] for role in roles))
+        columns = [(full[r], end - sizes[r], end) for r, end in zip(roles, ends, strict=True)]
+        return PackedLayers(pack([parts[role] for role in roles], packing), tuple(columns))
+
     return PackedBlock(
         norms=(_norm(norms[0]), _norm(norms[1])),
-        qkv=pack([parts[role] for role in ("q_proj", "k_proj", "v_proj")], packing),
-        o=pack([parts["o_proj"]], packing),
-        gate_up=pack([parts[role] for role in ("gate_proj", "up_proj")], packing),
-        down=pack([parts["down_proj"]], packing),
+        qkv=together("q_proj", "k_proj", "v_proj"),
+        o=together("o_proj"),
+        gate_up=together("gate_proj", "up_proj"),
+        down=together("down_proj"),
         activation=activation,
         heads=sizes["q_proj"] // head_size,
         kv_heads=sizes["k_proj"] // head_size,

@@ -7,15 +7,16 @@ place is taken by the last row, and a prompt goes when the last of its rows does
 Letters: G groups, R rows, H query heads, K key/value heads, C size of a head, D hidden width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from runtime.adapters.rows import Mix, deltas_of
 from runtime.generation.packed_model import PackedBlock, PackedModel
 from runtime.generation.row_attention import Groups, RowAttention
-from runtime.generation.sessions import Session
+from runtime.generation.sessions import Session, of_rows
 
 INSERTED_AT_ONCE = 16  # of a row; more would make every row's scores large
 FIRST_ROOM = 64  # tokens behind the prompt
@@ -27,17 +28,24 @@ class PackedSession(Session):
 
     most_at_once = INSERTED_AT_ONCE
 
-    def __init__(self, model: PackedModel, prompts: list[list[int]], candidates: int) -> None:
-        """Read the prompts (token ids, none empty)."""
+    def __init__(
+        self,
+        model: PackedModel,
+        prompts: list[list[int]],
+        candidates: int,
+        mixes: Sequence[Mix] | None = None,
+    ) -> None:
+        """Read the prompts (token ids, none empty). mixes: of adapters, one a prompt."""
         groups, rows, longest = len(prompts), len(prompts) * candidates, max(map(len, prompts))
-        super().__init__([[] for _ in range(rows)])
+        super().__init__([[] for _ in range(rows)], mixes and of_rows(mixes, candidates))
         self._model = model
         self._groups = Groups.of([row // candidates for row in range(rows)])
         self._prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
         self._lengths = torch.zeros(rows, dtype=torch.long)  # behind the prompt
         self._prompts = [self._room(block, groups, longest) for block in model.blocks]
         self._behind = [self._room(block, rows, FIRST_ROOM) for block in model.blocks]
-        last = torch.cat([self._read(prompts, *span) for span in spans(list(map(len, prompts)))])
+        parts = [slice(*span) for span in spans(list(map(len, prompts)))]
+        last = torch.cat([self._read(prompts[p], p.start, mixes and mixes[p]) for p in parts])
         self._first = model.logits(last).repeat_interleave(candidates, 0)
 
     def _room(self, block: PackedBlock, rows: int, tokens: int) -> Tensor:
@@ -50,10 +58,11 @@ class PackedSession(Session):
 
     # --- prompts -----------------------------------------------------------------------------
 
-    def _read(self, prompts: list[list[int]], first: int, end: int) -> Tensor:
-        """Read some prompts, one behind the other without padding: last hidden states (G', D)."""
-        lengths = self._prompt_lengths[first:end].tolist()
-        tokens = torch.tensor([token for prompt in prompts[first:end] for token in prompt])
+    def _read(self, prompts: list[list[int]], first: int, mixes: Sequence[Mix] | None) -> Tensor:
+        """Read prompts, the first one that of a group, one behind the other without padding: last
+        hidden states (G', D)."""
+        lengths = list(map(len, prompts))
+        tokens = torch.tensor([token for prompt in prompts for token in prompt])
         positions = torch.cat([torch.arange(length) for length in lengths])
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -70,7 +79,8 @@ class PackedSession(Session):
                 at += length
             return mixed
 
-        hidden = self._model.forward(tokens, positions, attend)
+        deltas = deltas_of(mixes, lengths, tokens.device)
+        hidden = self._model.forward(tokens, positions, attend, deltas)
         return hidden[torch.tensor(lengths).cumsum(0) - 1]
 
     # --- what follows ------------------------------------------------------------------------
@@ -84,7 +94,8 @@ class PackedSession(Session):
             return attention(q, k, v, self._prompts[index], self._behind[index])
 
         flat = torch.tensor([token for taken in tokens for token in taken])
-        hidden = self._model.forward(flat, attention.positions, attend)
+        deltas = deltas_of(self._mixes, list(map(len, tokens)), flat.device)
+        hidden = self._model.forward(flat, attention.positions, attend, deltas)
         self._lengths = self._lengths + counts
         last = (counts.cumsum(0) - 1)[ready]
         return self._model.logits(hidden if len(last) == len(hidden) else hidden[last])

@@ -4,8 +4,11 @@ There are two: `PackedSession` for models like Llama on a CPU, `CachedSession` f
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
+
+from runtime.adapters.rows import Mix
 
 
 class Session(ABC):
@@ -17,9 +20,10 @@ class Session(ABC):
 
     most_at_once: int  # tokens that a row may take in one step; more of them wait
 
-    def __init__(self, waiting: list[list[int]]) -> None:
-        """waiting: tokens that each row has yet to take."""
+    def __init__(self, waiting: list[list[int]], mixes: Sequence[Mix] | None) -> None:
+        """waiting: tokens that each row has yet to take. mixes: of adapters, one a row."""
         self._waiting = waiting
+        self._mixes = None if mixes is None else list(mixes)
 
     def start(self) -> tuple[list[int], Tensor]:
         """The rows whose prompt is read, and the logits of what follows it, in that order."""
@@ -43,6 +47,8 @@ class Session(ABC):
         """Forget rows. Returns, for each row that is left, in which place it was before."""
         order = self._forget(set(places))
         self._waiting = [self._waiting[place] for place in order]
+        if self._mixes is not None:
+            self._mixes = [self._mixes[place] for place in order]
         return order
 
     def _ready(self) -> list[int]:
@@ -59,3 +65,8 @@ class Session(ABC):
     @abstractmethod
     def _forget(self, places: set[int]) -> list[int]:
         """Free what belongs to rows; the places of the others, in the order that they now have."""
+
+
+def of_rows(mixes: Sequence[Mix], candidates: int) -> list[Mix]:
+    """Each row's mix, from those of the prompts."""
+    return [mix for mix in mixes for _ in range(candidates)]
