@@ -175,7 +175,9 @@ def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix(PREFIX): shape for name, shape in shapes.items()}
 
 
-def _rank(folder: Path, layer: str, shapes: dict[str, tuple[int, ...]], size: tuple[int, int]):
+def _rank(
+    folder: Path, layer: str, shapes: dict[str, tuple[int, ...]], size: tuple[int, int]
+) -> int:
     """The rank of a layer's two tensors. Raises ValueError unless both fit it and each other."""
     down, up = shapes.get(layer + DOWN), shapes.get(layer + UP)
     inputs, outputs = size

@@ -1,7 +1,7 @@
 """The bank of adapters: what it reads, what it holds within its budget, and what it refuses."""
 
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -202,27 +202,20 @@ def test_names_are_known_once(folders: list[Path]) -> None:
 
 def test_threads_that_add_and_remove_leave_the_bank_whole(folders: list[Path]) -> None:
     bank = bank_of(folders[:2], room=2.5)
-    failures: list[BaseException] = []
 
     def come_and_go(name: str) -> None:
-        try:
-            for _ in range(10):
-                bank.add(name, folders[2])
-                assert bank.loaded_bytes <= bank.budget_bytes
-                bank.take([name, "0"])
-                bank.remove(name)
-        except BaseException as failure:
-            failures.append(failure)
-            raise
+        for _ in range(10):
+            bank.add(name, folders[2])
+            assert bank.loaded_bytes <= bank.budget_bytes
+            bank.take([name, "0"])
+            bank.remove(name)
 
-    threads = [threading.Thread(target=come_and_go, args=(f"t{n}",)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    for _ in range(20):
-        assert set(bank.take(["0", "1"])) == {"0", "1"}
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(3) as threads:
+        going = [threads.submit(come_and_go, f"t{n}") for n in range(3)]
+        for _ in range(20):
+            assert set(bank.take(["0", "1"])) == {"0", "1"}
+        for done in going:
+            done.result()
     assert [state.name for state in bank.listing()] == ["0", "1"]
 
 
