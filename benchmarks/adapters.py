@@ -16,6 +16,9 @@ Switching is all that stands between a request for another adapter and its first
 from the bank and finding its rows' tokens (bar: 5 ms, wall clock). Beside it: reading one that had
 to make room, from its folder (the page cache holds it); PEFT's set_adapter; and what switching took
 before: merging another adapter and packing the weights again.
+
+Seen once, on a machine with other work (AVX2, float32; 16 rows, 2 steps, 1 round: a trial, no
+measurement): merged 125 tokens / s, a bank's one adapter 120, 8 mixed 107; switching 0.03 ms.
 """
 
 import argparse
