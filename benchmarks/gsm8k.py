@@ -6,6 +6,9 @@
 Greedy answers with live tools; right is the last line `FINAL: n`. With --lenient the last number of
 an answer counts as well, so that a model which was never taught the form is not called wrong for
 it. Shares with Wilson intervals; each adapter against the student, by McNemar's test.
+
+Measured (laptop's student, seed 0, --own-tokens 96): alone 0.0 % [0.0, 0.3] of 1,319, with sft's
+adapter 1.6 % [1.0, 2.4] at 2.0 calls an answer: it is taught few problems of several steps.
 """
 
 import argparse

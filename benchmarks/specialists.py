@@ -11,7 +11,8 @@ and the final norm, the others, embedding and head stay; 32 rows of each skill a
 
 Measured (seed 0, 723 s of one processor): the teachers take arithmetic from 2.922 to 0.966 nats a
 token and docs from 3.599 to 3.267. A student taught plainly in sequence keeps 78.5 % of arithmetic;
-one that goes over a quarter of a batch of it again keeps 97.6 %, and docs cost it 0.8 %.
+one that goes over a quarter of a batch of it again keeps 97.6 %, and docs cost it 0.8 %. Protected
+subspaces alone (99 % of the inputs' squares, 61 % of directions) keep 100.0 % and cost docs 24.4 %.
 """
 
 import argparse
