@@ -138,17 +138,17 @@ def test_a_tied_head_is_the_embedding_after_filling(tmp_path: Path) -> None:
     assert torch.equal(skeleton.model.lm_head.weight, model.lm_head.weight)
 
 
-@pytest.mark.parametrize("kept", [{"wte"}, {"lm_head"}, {"wte", "lm_head"}], ids=str)
+@pytest.mark.parametrize("kept", [("wte",), ("lm_head",), ("wte", "lm_head")], ids="+".join)
 @pytest.mark.parametrize("other", [False, True])
 def test_a_checkpoint_with_either_or_both_of_two_tied_tensors_is_opened_as_ever(
-    kept: set[str], other: bool, tmp_path: Path
+    kept: tuple[str, ...], other: bool, tmp_path: Path
 ) -> None:
     model = tiny_gpt2()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if other:
         state["lm_head.weight"] += 1
     tied = {"wte": "transformer.wte.weight", "lm_head": "lm_head.weight"}
-    for name in set(tied) - kept:
+    for name in tied.keys() - set(kept):
         del state[tied[name]]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(tmp_path)
