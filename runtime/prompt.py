@@ -21,6 +21,24 @@ def prompt_tokens(request: str, tokenizer: PreTrainedTokenizerBase) -> list[int]
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def request_span(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Which tokens of `prompt_tokens` are the request's: the first, and behind the last."""
+    before, behind = request_edges(tokenizer)
+    return before, len(tokens) - behind
+
+
+def request_edges(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """How many tokens `prompt_tokens` puts in front of every request, and how many behind it."""
+    one, other = prompt_tokens("a", tokenizer), prompt_tokens("Z", tokenizer)
+    return _in_common(one, other), _in_common(one[::-1], other[::-1])
+
+
+def _in_common(one: list[int], other: list[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    differ = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
+
+
 def inserted_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a text that is put into an answer, as a tool's result."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -104,18 +104,12 @@ class AdapterBank:
         with self._lock:
             for name in wanted:
                 self._entry(name)
-            self._refuse_more_than_budget(wanted)
-            taken = {}
-            for name in wanted:
-                entry = self._entries.pop(name)
-                self._entries[name] = entry  # the last one: used most recently
-                if entry.adapter is None:
-                    self._load(name, entry, keeping=set(wanted))
-                else:
-                    entry.hits += 1
-                entry.last_use = time.time()
-                taken[name] = entry.adapter
-            return taken
+            return self._take(wanted)
+
+    def take_known(self, names: Iterable[str]) -> dict[str, Adapter]:
+        """As `take`, of those names alone that there are adapters of."""
+        with self._lock:
+            return self._take({name: None for name in sorted(names) if name in self._entries})
 
     def listing(self) -> list[AdapterState]:
         """All adapters, by name."""
@@ -141,6 +135,20 @@ class AdapterBank:
             known = ", ".join(sorted(self._entries)) or "none"
             raise UnknownAdapter(f"there is no adapter '{name}'; there are: {known}")
         return self._entries[name]
+
+    def _take(self, wanted: dict[str, None]) -> dict[str, Adapter]:
+        self._refuse_more_than_budget(wanted)
+        taken = {}
+        for name in wanted:
+            entry = self._entries.pop(name)
+            self._entries[name] = entry  # the last one: used most recently
+            if entry.adapter is None:
+                self._load(name, entry, keeping=set(wanted))
+            else:
+                entry.hits += 1
+            entry.last_use = time.time()
+            taken[name] = entry.adapter
+        return taken
 
     def _load(self, name: str, entry: _Entry, keeping: set[str]) -> None:
         """Read an entry's folder, after others but those to keep have made room for it."""

@@ -11,6 +11,8 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from modeling.router import Decision
+
 Finish = Literal["eos", "length", "calls"]
 
 
@@ -47,7 +49,8 @@ class Answer:
     temperature 1 for greedy answers), before top_p cuts it: with top_p 1 exactly what the token was
     drawn by. An end-of-text token is the last own token, and no part of the text.
     finished: by the end-of-text token, by max_own_tokens or the model's context, or by a call
-    beyond max_calls. forged: the model wrote the marker of a result itself.
+    beyond max_calls. forged: the model wrote the marker of a result itself. decision: the router's,
+    of the prompt, where one was asked.
     """
 
     tokens: list[int]
@@ -57,6 +60,7 @@ class Answer:
     calls: list[tuple[Any, Any]]  # (Call or BadCall, ToolResult)
     finished: Finish
     forged: bool
+    decision: Decision | None = None
 
 
 @dataclass
@@ -66,6 +70,7 @@ class Row:
     prompt: int  # which prompt
     candidate: int  # which of its answers
     room: int  # tokens that fit behind the prompt
+    decision: Decision | None = None
     tokens: list[int] = field(default_factory=list)
     own: list[bool] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)

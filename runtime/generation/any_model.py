@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from modeling.router import Decision
+from runtime.adapters.routing import Routing
 from runtime.adapters.rows import Mix, RowDeltas, deltas_of
 from runtime.generation.sessions import Session, of_rows
 
@@ -35,12 +37,20 @@ class CachedSession(Session):
         prompts: list[list[int]],
         candidates: int,
         mixes: Sequence[Mix] | None = None,
+        routing: Routing | None = None,
     ) -> None:
-        """Read the prompts (token ids, none empty). mixes: of adapters, one a prompt."""
+        """Read the prompts (token ids, none empty).
+
+        mixes: of adapters, one a prompt. routing: chooses them first instead, in a pass of its own.
+        """
+        decisions: list[Decision] = []
+        if routing is not None:
+            routed = routing.read(model, prompts)
+            decisions, mixes = routed.decisions, routed.mixes
         shortest = min(map(len, prompts))
         waiting = [prompt[shortest:] for prompt in prompts for _ in range(candidates)]
         super().__init__(waiting, mixes and of_rows(mixes, candidates))
-        self._model = model
+        self._model, self.decisions = model, decisions
         self._cache: dict[str, Cache] = {}  # by the name under which the model takes it
         logits = self._forward([prompt[:shortest] for prompt in prompts], mixes)
         spread = torch.arange(len(prompts), device=logits.device).repeat_interleave(candidates)

@@ -24,12 +24,14 @@ as rounding.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling.router import Router
 from runtime.adapters.bank import AdapterBank
+from runtime.adapters.routing import Routing
 from runtime.adapters.rows import Choice, Mix, weights_of
 from runtime.generation.answers import Answer, Row, Sampling
 from runtime.generation.any_model import CachedSession
@@ -61,17 +63,22 @@ class Engine:
         half_weights: bool = True,
         rows_at_once: int = ROWS_AT_ONCE,
         bank: AdapterBank | None = None,
+        router: Router | None = None,
     ) -> None:
         """half_weights: see packed_model.py. rows_at_once: bounds memory and the size of a step.
 
-        bank: what `answer` takes adapters from. Raises ValueError for one of another model.
+        bank: what `answer` takes adapters from. router: chooses between them, where it is asked to.
+        Raises ValueError for either that is of another model, and for a router without a bank.
         """
         if hasattr(model, "get_base_model"):  # PEFT's wrapper
             model = model.get_base_model()
         self.model, self.tokenizer, self.tools = model, tokenizer, tools
         if bank is not None and bank.model is not model:
             raise ValueError("the bank holds adapters of another model than the engine's")
+        if router is not None and bank is None:
+            raise ValueError("a router chooses between the adapters of a bank; give one, too")
         self._rows_at_once, self._bank = rows_at_once, bank
+        self._routing = None if router is None else Routing(router, bank, tokenizer)
         self._ends = end_tokens(model, tokenizer)
         text = model.config.get_text_config()
         self.context: int | None = getattr(text, "max_position_embeddings", None)
@@ -81,6 +88,11 @@ class Engine:
             self.path = self._packed.description
         except NotPackable as reason:
             self.path = f"through transformers' own cache: {reason}"
+
+    @property
+    def routes(self) -> bool:
+        """Whether there is a router to choose adapters by."""
+        return self._routing is not None
 
     def refresh(self) -> None:
         """Pack the model's weights again, after they have changed; adapters must be merged."""
@@ -93,16 +105,18 @@ class Engine:
         prompts: Sequence[list[int]],
         candidates: int,
         sampling: Sampling,
-        adapters: Sequence[Choice] | None = None,
+        adapters: Sequence[Choice] | Literal["routed"] | None = None,
     ) -> list[list[Answer]]:
         """Write some candidates for each prompt (token ids): [prompt][candidate].
 
         adapters: one a prompt: a name of the bank, weights by name, or None for the model as it is;
-        those taken are the same for the whole call. Raises ValueError, naming the prompt, for one
+        those taken are the same for the whole call. Or "routed": the router chooses, and answers
+        say what. Raises ValueError, naming the prompt, for one
         that is empty or fills the model's context, and what `AdapterBank.take` does.
         """
         self._check(prompts, candidates)
-        mixes = self._take(adapters, len(prompts))
+        routing = self._asked(adapters)
+        mixes = None if routing else self._take(adapters, len(prompts))
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         together = max(1, self._rows_at_once // candidates)  # similar lengths, so little waiting
         answers: dict[tuple[int, int], Answer] = {}
@@ -113,7 +127,7 @@ class Engine:
                 indices = by_length[first : first + together]
                 if mixes is not None:
                     indices = side_by_side(indices, mixes)
-                for row in self._decode(prompts, indices, candidates, sampling, mixes):
+                for row in self._decode(prompts, indices, candidates, sampling, mixes, routing):
                     answers[row.prompt, row.candidate] = self._answer_of(row)
         finally:
             self.model.train(training)
@@ -130,6 +144,14 @@ class Engine:
                     f"prompt {index} has {len(prompt)} tokens; the model's context is "
                     f"{self.context}, so at most {self.context - 1} leave room for an answer"
                 )
+
+    def _asked(self, adapters: Sequence[Choice] | str | None) -> Routing | None:
+        """The router, if that is what adapters are to come from."""
+        if adapters != "routed":
+            return None
+        if self._routing is None:
+            raise ValueError("there is no router to choose adapters by; open the engine with one")
+        return self._routing
 
     def _take(self, adapters: Sequence[Choice] | None, prompts: int) -> list[Mix] | None:
         """What each prompt's rows get, from the bank; None where none gets anything."""
@@ -153,13 +175,15 @@ class Engine:
         candidates: int,
         sampling: Sampling,
         mixes: list[Mix] | None,
+        routing: Routing | None,
     ) -> list[Row]:
         """All answers to some of the prompts, decoded together."""
         own = None if mixes is None else [mixes[index] for index in indices]
-        session = self._open([prompts[index] for index in indices], candidates, own)
+        session = self._open([prompts[index] for index in indices], candidates, own, routing)
+        decisions = session.decisions or [None] * len(indices)
         rows = [
-            Row(index, candidate, room=self._room(prompts[index]))
-            for index in indices
+            Row(index, candidate, room=self._room(prompts[index]), decision=decision)
+            for index, decision in zip(indices, decisions, strict=True)
             for candidate in range(candidates)
         ]
         every = list(rows)
@@ -180,10 +204,16 @@ class Engine:
                 rows, fed = [rows[place] for place in order], [fed[place] for place in order]
             ready, logits = session.step(fed)
 
-    def _open(self, prompts: list[list[int]], candidates: int, mixes: list[Mix] | None) -> Session:
+    def _open(
+        self,
+        prompts: list[list[int]],
+        candidates: int,
+        mixes: list[Mix] | None,
+        routing: Routing | None,
+    ) -> Session:
         if self._packed is not None:
-            return PackedSession(self._packed, prompts, candidates, mixes)
-        return CachedSession(self.model, prompts, candidates, mixes)
+            return PackedSession(self._packed, prompts, candidates, mixes, routing)
+        return CachedSession(self.model, prompts, candidates, mixes, routing)
 
     def _room(self, prompt: list[int]) -> int:
         """Tokens that fit behind a prompt; any number where the model has no longest context."""
@@ -232,6 +262,7 @@ class Engine:
             calls=row.calls,
             finished=row.finished,
             forged=row.forged,
+            decision=row.decision,
         )
 
 

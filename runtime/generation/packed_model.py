@@ -16,8 +16,8 @@ answers of 48 tokens was another than generate's (benchmarks/generation.py).
 Letters: N tokens, D hidden width, H query heads, K key/value heads, C size of a head, V vocabulary.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -82,6 +82,21 @@ class PackedBlock:
     heads: int  # H
     kv_heads: int  # K
 
+    @property
+    def layers(self) -> Iterator[str]:
+        """The names of its linear layers."""
+        for packed in (self.qkv, self.o, self.gate_up, self.down):
+            yield from (name for name, _, _ in packed.columns)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens on their way through the blocks."""
+
+    hidden: Tensor  # (N, D)
+    cos: Tensor  # (N, 1, C), of their positions
+    signed_sin: Tensor
+
 
 class PackedModel:
     """A model's packed weights, and its forward but for attention, which knows of rows."""
@@ -122,17 +137,29 @@ class PackedModel:
         self, tokens: Tensor, positions: Tensor, attend: Attend, deltas: RowDeltas | None = None
     ) -> Tensor:
         """Hidden states behind the last block: (N,), (N,) -> (N, D). deltas: of these N tokens."""
+        stream = self.begin(tokens, positions)
+        return self.through(range(len(self.blocks)), stream, attend, deltas).hidden
+
+    def begin(self, tokens: Tensor, positions: Tensor) -> Stream:
+        """Tokens (N,) and their positions (N,), in front of the first block."""
         x = embedding(tokens, self._embedding)
-        cos, signed_sin = self._angles(positions, x)
-        for index, block in enumerate(self.blocks):
+        return Stream(x, *self._angles(positions, x))
+
+    def through(
+        self, blocks: range, stream: Stream, attend: Attend, deltas: RowDeltas | None = None
+    ) -> Stream:
+        """The stream behind the last of some blocks, from in front of the first of them."""
+        x = stream.hidden
+        for index in blocks:
+            block = self.blocks[index]
             rotated = block.heads + block.kv_heads
             qkv = block.qkv(block.norms[0](x), deltas).unflatten(-1, (-1, self.head_size))
-            qk = rotate(qkv[:, :rotated], cos, signed_sin)
+            qk = rotate(qkv[:, :rotated], stream.cos, stream.signed_sin)
             mixed = attend(index, qk[:, : block.heads], qk[:, block.heads :], qkv[:, rotated:])
             x = x + block.o(mixed.flatten(1), deltas)
             gate, up = block.gate_up(block.norms[1](x), deltas).chunk(2, -1)
             x = x + block.down(block.activation(gate).mul_(up), deltas)
-        return x
+        return replace(stream, hidden=x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V)."""

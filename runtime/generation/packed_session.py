@@ -4,17 +4,23 @@ Keys and values of prompts are kept once a group, those of what follows once a r
 is there already (it doubles when it is full); row_attention.py attends to both. A dropped row's
 place is taken by the last row, and a prompt goes when the last of its rows does.
 
+With a router, prompts are read without adapters as far as the last block whose states it reads;
+then it chooses. Where the chosen adapters change nothing up to there, reading just goes on;
+otherwise that prompt's first blocks are read again.
+
 Letters: G groups, R rows, H query heads, K key/value heads, C size of a head, D hidden width.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from runtime.adapters.routing import Routing
 from runtime.adapters.rows import Mix, deltas_of
-from runtime.generation.packed_model import PackedBlock, PackedModel
+from runtime.generation.packed_model import PackedBlock, PackedModel, Stream
 from runtime.generation.row_attention import Groups, RowAttention
 from runtime.generation.sessions import Session, of_rows
 
@@ -34,19 +40,27 @@ class PackedSession(Session):
         prompts: list[list[int]],
         candidates: int,
         mixes: Sequence[Mix] | None = None,
+        routing: Routing | None = None,
     ) -> None:
-        """Read the prompts (token ids, none empty). mixes: of adapters, one a prompt."""
+        """Read the prompts (token ids, none empty).
+
+        mixes: of adapters, one a prompt. routing: chooses them on the way instead.
+        """
         groups, rows, longest = len(prompts), len(prompts) * candidates, max(map(len, prompts))
-        super().__init__([[] for _ in range(rows)], mixes and of_rows(mixes, candidates))
-        self._model = model
+        super().__init__([[] for _ in range(rows)])
+        self._model, self._routing = model, routing
         self._groups = Groups.of([row // candidates for row in range(rows)])
         self._prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
         self._lengths = torch.zeros(rows, dtype=torch.long)  # behind the prompt
         self._prompts = [self._room(block, groups, longest) for block in model.blocks]
         self._behind = [self._room(block, rows, FIRST_ROOM) for block in model.blocks]
-        parts = [slice(*span) for span in spans(list(map(len, prompts)))]
-        last = torch.cat([self._read(prompts[p], p.start, mixes and mixes[p]) for p in parts])
-        self._first = model.logits(last).repeat_interleave(candidates, 0)
+        last, used = [], []
+        for part in (slice(*span) for span in spans(list(map(len, prompts)))):
+            hidden, own = self._read(prompts[part], part.start, mixes and mixes[part])
+            last.append(hidden)
+            used += own or []
+        self._first = model.logits(torch.cat(last)).repeat_interleave(candidates, 0)
+        self._mixes = of_rows(used, candidates) if used else None
 
     def _room(self, block: PackedBlock, rows: int, tokens: int) -> Tensor:
         """Keys and values: (2, rows, K, tokens, C). Zeros: what is masked must be finite."""
@@ -58,16 +72,69 @@ class PackedSession(Session):
 
     # --- prompts -----------------------------------------------------------------------------
 
-    def _read(self, prompts: list[list[int]], first: int, mixes: Sequence[Mix] | None) -> Tensor:
-        """Read prompts, the first one that of a group, one behind the other without padding: last
-        hidden states (G', D)."""
+    def _read(
+        self, prompts: list[list[int]], first: int, mixes: Sequence[Mix] | None
+    ) -> tuple[Tensor, Sequence[Mix] | None]:
+        """Read prompts, the first one that of a group: last hidden states (G', D), and mixes."""
+        blocks, groups = range(len(self._model.blocks)), range(first, first + len(prompts))
+        begun, stream = 0, None
+        if self._routing is not None:
+            begun, found = self._routing.blocks[-1], []
+            lengths = list(map(len, prompts))
+            for first_block, block in pairwise((0, *self._routing.blocks)):
+                part = blocks[first_block:block]
+                stream = self._through(part, prompts, groups, stream=stream)
+                found.append(self._routing.pool(prompts, stream.hidden.split(lengths)))
+            mixes = self._route(torch.stack(found, 1), prompts, groups, stream.hidden)
+        stream = self._through(blocks[begun:], prompts, groups, mixes, stream)
+        last = torch.tensor(list(map(len, prompts))).cumsum(0) - 1
+        return stream.hidden[last], mixes
+
+    def _route(
+        self, states: Tensor, prompts: list[list[int]], groups: range, hidden: Tensor
+    ) -> list[Mix]:
+        """Choose adapters by pooled states; those that begin before the last of their blocks are
+        put into the hidden states (N, D) behind it."""
         lengths = list(map(len, prompts))
-        tokens = torch.tensor([token for prompt in prompts for token in prompt])
-        positions = torch.cat([torch.arange(length) for length in lengths])
+        routed = self._routing.choose(states)
+        self.decisions += routed.decisions
+        blocks = range(self._routing.blocks[-1])
+        behind = {name for index in blocks for name in self._model.blocks[index].layers}
+        early = [
+            place
+            for place, mix in enumerate(routed.mixes)
+            if any(not behind.isdisjoint(adapter.layers) for adapter, _ in mix)
+        ]
+        if early:
+            again = self._through(
+                blocks,
+                [prompts[place] for place in early],
+                [groups[place] for place in early],
+                [routed.mixes[place] for place in early],
+            )
+            parts, rows = again.hidden.split([lengths[p] for p in early]), hidden.split(lengths)
+            for place, part in zip(early, parts, strict=True):
+                rows[place].copy_(part)
+        return routed.mixes
+
+    def _through(
+        self,
+        blocks: range,
+        prompts: list[list[int]],
+        groups: Sequence[int],
+        mixes: Sequence[Mix] | None = None,
+        stream: Stream | None = None,
+    ) -> Stream:
+        """Take prompts through blocks, one behind the other without padding, from the embedding or
+        from where a stream of them is; keys and values are kept."""
+        lengths = list(map(len, prompts))
+        if stream is None:
+            tokens = torch.tensor([token for prompt in prompts for token in prompt])
+            stream = self._model.begin(tokens, torch.cat([torch.arange(n) for n in lengths]))
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             mixed, at = torch.empty_like(q), 0
-            for group, length in enumerate(lengths, start=first):
+            for group, length in zip(groups, lengths, strict=True):
                 part = slice(at, at + length)
                 own = [x[part].transpose(0, 1) for x in (q, k, v)]  # (H or K, T, C)
                 kept = self._prompts[index][:, group, :, :length]
@@ -79,9 +146,8 @@ class PackedSession(Session):
                 at += length
             return mixed
 
-        deltas = deltas_of(mixes, lengths, tokens.device)
-        hidden = self._model.forward(tokens, positions, attend, deltas)
-        return hidden[torch.tensor(lengths).cumsum(0) - 1]
+        deltas = deltas_of(mixes, lengths, stream.hidden.device)
+        return self._model.through(blocks, stream, attend, deltas)
 
     # --- what follows ------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from modeling.router import Decision
 from runtime.adapters.rows import Mix
 
 
@@ -20,10 +21,11 @@ class Session(ABC):
 
     most_at_once: int  # tokens that a row may take in one step; more of them wait
 
-    def __init__(self, waiting: list[list[int]], mixes: Sequence[Mix] | None) -> None:
+    def __init__(self, waiting: list[list[int]], mixes: Sequence[Mix] | None = None) -> None:
         """waiting: tokens that each row has yet to take. mixes: of adapters, one a row."""
         self._waiting = waiting
         self._mixes = None if mixes is None else list(mixes)
+        self.decisions: list[Decision] = []  # of a router, one a prompt
 
     def start(self) -> tuple[list[int], Tensor]:
         """The rows whose prompt is read, and the logits of what follows it, in that order."""
