@@ -26,7 +26,7 @@ examples
   ./run_pipeline.sh --takeover               ask the run that holds the lock to stop, then go on
 
 stages
-  prepare > profile (each) > extract (each) > distill > sft > toolformer > grpo > benchmark
+  prepare > profile (each) > extract (each) > distill > route > sft > toolformer > grpo > benchmark
 
 A run that was stopped or killed goes on from its last checkpoint when it is started again.
 --preset, --set, --models, --datasets and --sample-size change params.yaml and stay in force.

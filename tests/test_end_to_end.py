@@ -15,8 +15,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES = [
-    "prepare", "profile/smollm2-135m", "extract/smollm2-135m", "distill", "sft", "toolformer",
-    "grpo", "benchmark",
+    "prepare", "profile/smollm2-135m", "extract/smollm2-135m", "distill", "route", "sft",
+    "toolformer", "grpo", "benchmark",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def run(project: Path, *arguments: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=900,
+        timeout=1800,
     )
 
 

@@ -45,6 +45,12 @@ def capability(name: str, *conversations: str, **changed: Any) -> dict[str, Any]
 
 
 PARAMS: dict[str, dict[str, Any]] = {
+    "route": {
+        "capabilities": ["tools", "devops"], "queries": 6, "blocks": [1, 2], "hidden": 8,
+        "steps": 60, "batch_queries": 16, "learning_rate": 1e-2, "weight_decay": 0.01,
+        "z_loss": 1e-4, "diversity": 0.01, "confidence": 0.0, "validation_share": 0.3,
+        "answered": 0.95, "seed": 0,
+    },
     "sft": {
         **COURSE,
         "trainer": "own", "capabilities": [capability("tools", CALLED)],

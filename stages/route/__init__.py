@@ -1,0 +1,1 @@
+"""Learn which skill a query wants, and when none of them does."""
