@@ -27,8 +27,8 @@ FIRST_SHARE = 0.75  # of what stays, from the beginning
 class Reply:
     """What came of a request.
 
-    capability: the likeliest one whose adapter answered; None where the model as it is did, since
-    the router abstained or there is none.  cut: whether the middle of the request was left out.
+    capability: the likeliest one, whose adapter answered if the bank has it; None where the router
+    abstained or there is none.  cut: whether the middle of the request was left out.
     """
 
     text: str
@@ -100,7 +100,7 @@ def fit(request: str, tokenizer: PreTrainedTokenizerBase, most: int) -> tuple[st
 
 
 def leading(answer: Answer) -> str | None:
-    """The likeliest capability whose adapter answered."""
+    """The likeliest capability of an answer's prompt, or None."""
     weights = answer.decision.weights if answer.decision else {}
     return max(weights, key=weights.__getitem__) if weights else None
 
