@@ -137,10 +137,14 @@ class StageRunner:
         return code
 
     def _ask_to_end(self, node: Node, process: subprocess.Popen, asked: dict[int, float]) -> None:
-        """SIGTERM once to the stage alone: DVC must live on until it has ended; SIGKILL at last."""
+        """SIGTERM once to the stage alone; SIGKILL to all at last.
+
+        DVC must live on until the stage has ended, and then end by itself: killed while it
+        releases its locks, it leaves a torn file that no other DVC starts on.
+        """
         pid = self._stage_pid(node.name)
         with contextlib.suppress(ProcessLookupError):
-            if pid is None and process.pid not in asked:  # the stage has not begun
+            if pid is None and not asked:  # the stage has not begun
                 os.killpg(process.pid, signal.SIGTERM)
             elif pid is not None and pid not in asked:
                 os.kill(pid, signal.SIGTERM)

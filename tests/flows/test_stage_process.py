@@ -186,6 +186,26 @@ def test_a_stop_leads_to_a_checkpoint_from_which_it_goes_on(fresh: Project) -> N
     assert f"going on from step {reached}" in runner.log_path(node(fresh, "seed")).read_text()
 
 
+def test_a_stop_leaves_dvc_the_time_to_release_its_locks(
+    fresh: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh.set(seed={"steps": 500})
+    fresh.hold()
+    processes = []
+    begin = StageRunner._start
+    monkeypatch.setattr(
+        StageRunner, "_start", lambda *given: processes.append(begin(*given)) or processes[-1]
+    )
+    runner = StageRunner(fresh.root, "token", verbose=False)
+    thread, results = start(runner, node(fresh, "seed"))
+    wait_for(lambda: len(steps(fresh, "seed")) > 2, "some steps")
+    runner.stop()
+    thread.join()
+    assert isinstance(results[0], StageStopped), results
+    assert processes[0].returncode > 0, "ended by a signal"
+    assert not any(json.loads((fresh.root / ".dvc/tmp/rwlock").read_text()).values())
+
+
 def test_a_stop_before_the_stage_has_begun_starts_nothing(fresh: Project) -> None:
     fresh.set(seed={"steps": 500})
     fresh.hold()
