@@ -1,6 +1,8 @@
-"""--status: what is done, what is stale, what is half done, and who is running."""
+"""--status: what is done, what is stale, what is half done, who is running, and what it can do."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -9,9 +11,11 @@ from flows.console import number, read_steps
 from flows.lock import Holder
 from flows.plan import Node, read_metrics, read_nodes
 
+CAPABILITIES = "artifacts/benchmark/capabilities.json"  # stages/benchmark/capabilities.py
+
 
 def show_status(root: Path, console: Console) -> None:
-    """Print one row a stage and the holder of the lock."""
+    """Print one row a stage, one a capability, and the holder of the lock."""
     table = Table(title="status", title_justify="left", expand=False)
     for column in ("stage", "state", "headline metric", "unfinished work"):
         table.add_column(column, overflow="fold")
@@ -21,9 +25,28 @@ def show_status(root: Path, console: Console) -> None:
         headline = f"{node.headline} {number(value)}" if value is not None else ""
         table.add_row(node.name, state, headline, unfinished(root, node))
     console.print(table)
+    if (manifest := root / CAPABILITIES).is_file():
+        console.print(capabilities(json.loads(manifest.read_text(encoding="utf-8"))))
     holder = Holder.read(root / ".pipeline.lock")
     if holder and holder.may_be_running():
         console.print(f"running: {holder.describe()}", highlight=False)
+
+
+def capabilities(records: list[dict[str, Any]]) -> Table:
+    """What the student can do, by the last benchmark: one row a capability."""
+    table = Table(title="capabilities", title_justify="left", expand=False)
+    for column in ("capability", "tier", "rank", "MiB", "right tokens", "without", "teacher"):
+        table.add_column(column, overflow="fold")
+    for one in records:
+        size = "no adapter" if one["bytes"] is None else f"{one['bytes'] / 2**20:.1f}"
+        rank = "" if one["rank"] is None else str(one["rank"])
+        shares = (_share(one[key]) for key in ("score", "score_alone"))
+        table.add_row(one["name"], one["tier"], rank, size, *shares, one["teacher"])
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1%}"
 
 
 def unfinished(root: Path, node: Node) -> str:

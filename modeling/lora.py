@@ -16,12 +16,12 @@ direction and magnitude apart), pissa (Meng 2024: starts at the principal singul
 import contextlib
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -212,3 +212,13 @@ def as_reference(adapted: Adapted) -> Iterator[None]:
 def open_merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The model with a finished adapter added to its weights: a stock model again."""
     return open_adapted(copy.deepcopy(model), folder).merge_and_unload()
+
+
+def open_arrow(model: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel:
+    """Put adapters on a model, in place, that Arrow mixes for each token (Ostapenko 2024).
+
+    Of each layer a token gets the three whose first singular vector it is most along. Raises
+    ValueError where PEFT cannot: no adapters, or adapters of unlike ranks or layers.
+    """
+    config = ArrowConfig(top_k=max(1, min(3, len(folders))), rng_seed=0)
+    return create_arrow_model(model, list(map(str, folders)), config).eval().get_base_model()

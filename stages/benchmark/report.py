@@ -1,58 +1,14 @@
 """Reports for people: report.html, one self-contained page, and test_report.md, its plain text."""
 
 import base64
-import io
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages.benchmark.findings import LABELS, STUDENT, Findings
+from stages.benchmark.pictures import draw_capabilities, draw_chart, draw_drift
+from stages.benchmark.routing import MEANINGS, RoutingFound, routing_verdicts
 from stages.benchmark.scoring import TEACHER, Estimate
 from stages.benchmark.skills import Skill, skill_verdicts
-
-STUDENT = "student"
-LABELS = {
-    TEACHER: "teacher",
-    STUDENT: "student",
-    "before_training": "student before training",
-    "text_only": "control: trained on the text alone",
-    "without_anchors": "control: trained without anchors",
-    "without_text": "control: trained without the text",
-    "without_answers": "control: trained without the teacher's answers",
-}
-COLOURS = {
-    STUDENT: "#4477aa", "before_training": "#bbbbbb", "text_only": "#ee7733",
-    "without_anchors": "#228833", "without_text": "#aa3377", "without_answers": "#ccbb44",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Findings:
-    """Everything that a report says.
-
-    facts: student.json.  table: model -> text -> measure -> Estimate.  speed: model -> numbers.
-    drift: model -> teacher block -> its drift (stages/measuring/drift.py); empty where the student
-    has none of the teacher's blocks.  skills: problems solved with tools, by the stage that taught
-    it.
-    """
-
-    facts: dict[str, Any]
-    table: dict[str, dict[str, dict[str, Estimate]]]
-    speed: dict[str, dict[str, float]]
-    profile_picture: Path
-    drift: dict[str, dict[int, float]] = field(default_factory=dict)
-    skills: dict[str, Skill] = field(default_factory=dict)
-
-    @property
-    def texts(self) -> list[str]:
-        """Names of the texts measured on; the first is what the student was trained for."""
-        return list(self.table[TEACHER])
-
-    @property
-    def controls(self) -> list[str]:
-        """Models that are neither teacher nor student, in the order of LABELS."""
-        order = list(LABELS)
-        others = [name for name in self.table if name not in (TEACHER, STUDENT)]
-        return sorted(others, key=lambda n: order.index(n) if n in order else len(order))
 
 
 def write_reports(findings: Findings, folder: Path) -> None:
@@ -60,14 +16,17 @@ def write_reports(findings: Findings, folder: Path) -> None:
     from jinja2 import Environment, FileSystemLoader, select_autoescape
 
     loader = FileSystemLoader(Path(__file__).parent)
+    routing = findings.routing
     templates = Environment(loader=loader, autoescape=select_autoescape(["html"]))
     page = templates.get_template("report.html").render(
         f=findings,
         labels=LABELS,
         verdicts=verdicts(findings),
-        chart=_embedded(_draw_chart(findings)),
+        chart=_embedded(draw_chart(findings)),
         profile=_embedded(findings.profile_picture.read_bytes()),
         drift=_embedded(draw_drift(findings.drift)) if findings.drift else None,
+        capabilities=routing and _embedded(draw_capabilities(routing.capabilities)),
+        meanings=MEANINGS,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     (folder / "test_report.md").write_text(markdown(findings), encoding="utf-8")
@@ -88,6 +47,7 @@ def verdicts(findings: Findings) -> list[str]:
             other = findings.table[control][text]["kl"]
             sentences.append(_compare(student["kl"], other, LABELS.get(control, control)))
     sentences += skill_verdicts(findings.skills)
+    sentences += routing_verdicts(findings.routing) if findings.routing else []
     sentences += _rollbacks(findings.facts["rollbacks"])
     return sentences
 
@@ -128,6 +88,7 @@ def markdown(findings: Findings) -> str:
             ]
             lines.append(f"| {LABELS.get(name, name)} | {' | '.join(cells)} |")
     lines += _skill_table(findings.skills)
+    lines += _routing_table(findings.routing) if findings.routing else []
     lines += ["", "## Size and speed", "", "| | teacher | student |", "|---|---|---|"]
     for key in findings.speed[TEACHER]:
         values = [findings.speed[name].get(key, float("nan")) for name in (TEACHER, STUDENT)]
@@ -151,74 +112,16 @@ def _skill_table(skills: dict[str, Skill]) -> list[str]:
     return lines
 
 
-def draw_drift(drift: dict[str, dict[int, float]]) -> bytes:
-    """How far each model's states are from the teacher's, by the teacher's blocks."""
-    pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(11, 3.2), layout="constrained")
-    for name, blocks in drift.items():
-        axis.plot(
-            list(blocks), list(blocks.values()), "o-", markersize=4,
-            color=COLOURS.get(name), label=LABELS.get(name, name),
-        )  # fmt: skip
-    axis.set(xlabel="block of the teacher", ylim=(0, None))
-    axis.set_title(
-        "drift: 0 the teacher's states, 1 those of another token", fontsize=10, loc="left"
-    )
-    axis.legend(frameon=False, fontsize=9)
-    return _picture(figure)
-
-
-def _draw_chart(findings: Findings) -> bytes:
-    """Perplexity ratio and KL of the student and its controls, by text, with intervals."""
-    pyplot = _pyplot()
-    models = [name for name in findings.table if name != TEACHER]
-    width = 0.75 / len(models)
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-    titles = {
-        "perplexity_ratio": "perplexity / teacher's",
-        "kl": "KL from the teacher (nats a token)",
-        "agreement": "top-1 agreement",
-    }
-    for axis, (measure, title) in zip(axes, titles.items(), strict=True):
-        for offset, name in enumerate(models):
-            estimates = [findings.table[name][text][measure] for text in findings.texts]
-            values = [e.value for e in estimates]
-            errors = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
-            places = [i + (offset - len(models) / 2 + 0.5) * width for i in range(len(values))]
-            axis.bar(
-                places,
-                values,
-                0.96 * width,
-                yerr=errors,
-                color=COLOURS.get(name),
-                label=LABELS.get(name, name),
-            )
-        axis.set_xticks(range(len(findings.texts)), findings.texts, rotation=20, ha="right")
-        axis.set_title(title, fontsize=10, loc="left")
-    axes[0].axhline(1, color="black", linewidth=0.8)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-    )
-    return _picture(figure)
-
-
-def _pyplot():
-    """matplotlib's plots, drawn to memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _picture(figure) -> bytes:
-    """A figure as PNG; it is closed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    _pyplot().close(figure)
-    return buffer.getvalue()
-
-
 def _embedded(picture: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+
+def _routing_table(found: RoutingFound) -> list[str]:
+    """Lines of a table of the ways to choose an adapter."""
+    lines = ["", "## Which adapter answers", "", "| adapter | score | routing gains | p |"]
+    lines.append("|---|---|---|---|")
+    for name, way in found.ways.items():
+        p = "" if way.p_value is None else f"{way.p_value:.2g}"
+        gains = "" if way.p_value is None else way.routed_gains.format()
+        lines.append(f"| {MEANINGS.get(name, name)} | {way.score.format()} | {gains} | {p} |")
+    return lines

@@ -5,15 +5,20 @@ Steps:
      KL over the full vocabulary, top-1 agreement, each with a bootstrap interval over rows
   2. drift: how far the states of each are from the teacher's, block by block
   3. problems with tools, after each stage that taught the student a skill (skills.py)
-  4. size, speed and memory of teacher and student
-  5. write a report for people
+  4. replies to held-out queries, with the adapter that the router chooses and with every other
+     (routing.py)
+  5. size, speed and memory of teacher and student
+  6. write a report for people
 
 reads    prepare   held-out and benchmark rows; problems that nothing was decided by
          profile   the picture
          distill   the student and its controls
+         route     the router
          sft, toolformer, grpo   adapters of the student
 writes   report.html, test_report.md, scores.json
-         skills.json   every answer to every problem
+         skills.json         every answer to every problem
+         routing.json        what each adapter makes of each query
+         capabilities.json   what each capability is, costs and is worth
 """
 
 import json
@@ -43,12 +48,14 @@ class Params:
     problems: int
     max_own_tokens: int
     max_calls: int
+    routed_queries: int
     seed: int
 
     def __post_init__(self) -> None:
         require_at_least(1, batch_rows=self.batch_rows, speed_rounds=self.speed_rounds)
         require_at_least(1, drift_rows=self.drift_rows, problems=self.problems)
         require_at_least(1, max_own_tokens=self.max_own_tokens, max_calls=self.max_calls)
+        require_at_least(1, routed_queries=self.routed_queries)
         require_at_least(100, resamples=self.resamples)
         require_at_least(0, seed=self.seed)
 
@@ -62,7 +69,9 @@ def check_among(sections: Mapping[str, Any]) -> None:
 def run(params: Params, job: Job) -> Metrics:
     """Score, compare states, time, report; see the module's steps."""
     from modeling.loading import locate, open_model
-    from stages.benchmark.report import Findings, write_reports
+    from stages.benchmark.findings import Findings
+    from stages.benchmark.report import write_reports
+    from stages.benchmark.routing import assess_routing, flatten_routing
     from stages.benchmark.scoring import TEACHER, compare
     from stages.benchmark.skills import assess, flatten_skills
     from stages.benchmark.speed import peak_memory_gib, time_models
@@ -84,6 +93,9 @@ def run(params: Params, job: Job) -> Metrics:
     sample = next(iter(texts.values()))[: params.drift_rows]
     drift = measure_drift(models, facts["dropped"], profile, sample, params)
     skills = assess(solve_all(folders[STUDENT], params, job))
+    routing = assess_routing(
+        route_all(facts["teacher"], params, job), params.resamples, params.seed
+    )
     pair = {name: models[name] for name in (TEACHER, STUDENT)}
     speed = time_models(pair, next(iter(texts.values()))[: params.batch_rows], params.speed_rounds)
     for name, place in ((TEACHER, Path(location.path)), (STUDENT, folders[STUDENT])):
@@ -91,7 +103,7 @@ def run(params: Params, job: Job) -> Metrics:
         if place.is_dir():
             speed[name]["weights_mib"] = weights_bytes(place) / 2**20
             speed[name]["peak_memory_gib"] = peak_memory_gib(place)
-    findings = Findings(facts, table, speed, profile / "profile.png", drift, skills)
+    findings = Findings(facts, table, speed, profile / "profile.png", drift, skills, routing)
     write_reports(findings, job.output)
     job.show("report.html")
     job.show("test_report.md")
@@ -101,7 +113,7 @@ def run(params: Params, job: Job) -> Metrics:
     }
     (job.output / "scores.json").write_text(json.dumps(scored, indent=1), encoding="utf-8")
     means = {f"{name}.drift": sum(of.values()) / len(of) for name, of in drift.items()}
-    return {**flatten(table), **means, **flatten_skills(skills)}
+    return {**flatten(table), **means, **flatten_skills(skills), **flatten_routing(routing)}
 
 
 def read_texts(prepared: Path) -> dict:
@@ -168,6 +180,30 @@ def solve_all(folder: Path, params: Params, job: Job):
                 job.step_done(scores, scores.done, total, "skills", **{f"{name}_right": right})
     scores.save(job.output)
     return scores
+
+
+def route_all(teacher: str, params: Params, job: Job):
+    """Score held-out queries with every adapter; goes on from a checkpoint.
+
+    Adapters are sft's, which learnt such replies. Writes routing.json and capabilities.json.
+    """
+    from stages.benchmark.capabilities import describe, write_capabilities
+    from stages.benchmark.replies import RoutedStudent
+    from stages.benchmark.routing import RoutingScores, heldout_queries
+
+    student = RoutedStudent(job.input("distill") / STUDENT, job.input("route"), job.input("sft"))
+    for what, reason in student.without.items():
+        job.say(f"routing: without {what}: {reason}")
+    names = student.capabilities
+    told = heldout_queries(job.input("prepare"), names, params.routed_queries)
+    scores = job.resume(RoutingScores(), "routing")
+    for capability, conversation in told[len(scores.queries) :]:
+        scores.queries.append(student.score(capability, conversation))
+        job.step_done(scores, len(scores.queries), len(told), "routing")
+    scores.save(job.output)
+    records = describe(names, student.adapters, scores.queries, teacher)
+    write_capabilities(records, job.output)
+    return scores.queries
 
 
 def measure_drift(

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
 
+import numpy as np
+
 Z = 1.959963984540054  # 95 % of a normal distribution
 
 
@@ -49,3 +51,14 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
     differ, fewer = gained + lost, min(gained, lost)
     tail = sum(comb(differ, k) for k in range(fewer + 1)) / 2**differ
     return min(1.0, 2 * tail)
+
+
+def sign_flip_p(differences: Sequence[float], seed: int, flips: int = 10_000) -> float:
+    """The two-sided p-value that paired differences are as likely negative as positive.
+
+    Fisher's randomisation test (1935) of their mean, by some random flips of their signs.
+    """
+    found = np.asarray(differences, dtype=np.float64)
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(flips, len(found)))
+    as_far = np.abs(signs @ found) >= abs(found.sum()) - 1e-12 * np.abs(found).sum()
+    return float((1 + as_far.sum()) / (1 + flips))

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from stages.agreement import require_general_text, require_prepared
@@ -31,14 +31,25 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class OwnCourse:
+    """What one skill's training has in place of the section's values."""
+
+    steps: int
+    learning_rate: float
+    general_weight: float
+
+
+@dataclass(frozen=True)
 class Capability:
     """A skill: its name, what it is learnt from, and what changes for it.
 
+    course: None for the section's.
     targets, last_blocks: linear layers that get adapters.  experts: what is added, or None.
     """
 
     name: str
     conversations: tuple[str, ...]
+    course: OwnCourse | None
     targets: tuple[str, ...]
     last_blocks: int
     experts: Experts | None
@@ -70,9 +81,19 @@ class Params(Course):
         names = [capability.name for capability in self.capabilities]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"'capabilities' are {names}; name at least one, each once")
+        for capability in self.capabilities:
+            try:
+                self.course_of(capability)  # checked as the section itself is
+            except ValueError as error:
+                raise ValueError(f"capability '{capability.name}', 'course': {error}") from error
         require_one_of((OWN, TRL, UNSLOTH), trainer=self.trainer)
         if self.trainer != OWN:
             self._require_plain()
+
+    def course_of(self, capability: Capability) -> Course:
+        """How a capability is taught."""
+        own = asdict(capability.course) if capability.course else {}
+        return Course(**{f.name: getattr(self, f.name) for f in fields(Course)} | own)
 
     def _require_plain(self) -> None:
         """Refuse what only the own loop can do."""

@@ -129,7 +129,8 @@ def read_lesson(capability: Capability, params: Params, job: Job, tokenizer):
             "or lower 'validation_conversations'"
         )
     general = torch.from_numpy(read_all_rows(prepared, "train", params.seed))
-    lesson = Lesson(params, fits[kept_out:], fits[:kept_out], general, tokenizer.eos_token_id)
+    course = params.course_of(capability)
+    lesson = Lesson(course, fits[kept_out:], fits[:kept_out], general, tokenizer.eos_token_id)
     return lesson, unseen[:kept_out]
 
 

@@ -18,7 +18,6 @@ from flows.lock import LOCK_HELD, PipelineLock
 from flows.plan import keep_lockfile, read_nodes
 from flows.run import Request, dry_run, put_params_in_force
 from flows.settings import Changes, changed_params
-from flows.status import show_status
 from tests.flows.project import NODES, REPOSITORY, Project, snapshot, wait_for
 
 OK, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
@@ -138,16 +137,6 @@ def test_a_dry_run_survives_a_ledger_that_a_kill_cut_short(finished: Project) ->
     (finished.root / "scratch").mkdir(exist_ok=True)
     (finished.root / LEDGER).write_text('{"small/seed": {"seco')
     dry_run(finished.root, Request(), quiet())
-
-
-def test_a_status_survives_a_curve_that_a_kill_cut_short(finished: Project) -> None:
-    work = finished.root / "scratch" / "seed" / "0123456789abcdef"
-    work.mkdir(parents=True)
-    line = '{"phase": "main", "step": 3, "total": 9, "time_s": 1.0}\n'
-    (work / "metrics.jsonl").write_text(line + line[:20])
-    console = quiet()
-    show_status(finished.root, console)
-    assert "main 3/9" in console.file.getvalue()
 
 
 # --- the lock --------------------------------------------------------------------------------

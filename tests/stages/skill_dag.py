@@ -41,7 +41,7 @@ COURSE = {
 def capability(name: str, *conversations: str, **changed: Any) -> dict[str, Any]:
     """An entry of sft.capabilities: an adapter on all layers, no experts."""
     fields = {"name": name, "conversations": [*conversations], "targets": [], "last_blocks": 0}
-    return {**fields, "experts": None, **changed}
+    return {**fields, "course": None, "experts": None, **changed}
 
 
 PARAMS: dict[str, dict[str, Any]] = {

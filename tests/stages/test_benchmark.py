@@ -30,7 +30,8 @@ from tests.tiny import tiny_gpt2, tiny_llama, tiny_mamba
 TOKENS = torch.arange(3 * 50).view(3, 50).mul(31).remainder(97)  # more than one chunk of logits
 PARAMS = Params(
     batch_rows=2, resamples=100, speed_rounds=1, drift_rows=2, capability="tools",
-    conversations=("arithmetic-tools",), problems=4, max_own_tokens=8, max_calls=1, seed=0,
+    conversations=("arithmetic-tools",), problems=4, max_own_tokens=8, max_calls=1,
+    routed_queries=2, seed=0,
 )  # fmt: skip
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.benchmark.report import LABELS, Findings, markdown, verdicts, write_reports
+from stages.benchmark.findings import LABELS, Findings
+from stages.benchmark.report import markdown, verdicts, write_reports
 from stages.benchmark.scoring import TEACHER, Estimate
 
 MODELS = (TEACHER, "student", "before_training", "text_only")

@@ -62,4 +62,4 @@ def test_padding_is_known_by_what_is_counted() -> None:
 def test_what_sft_is_told_of_experts_is_what_the_mixture_takes() -> None:
     assert set(Experts.__annotations__) == set(ExpertsShape.__annotations__)
     with pytest.raises(ValueError, match="'experts' is 1; it must lie between 2 and 64"):
-        Capability("tools", ("a",), (), 0, Experts(2, 1, 32, 0.7, 0.01))
+        Capability("tools", ("a",), None, (), 0, Experts(2, 1, 32, 0.7, 0.01))

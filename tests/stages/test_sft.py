@@ -15,7 +15,7 @@ from stages.learning.student import open_student
 from stages.learning.supervision import encode, lay_out
 from stages.measuring.forgetting import Forgot
 from stages.process import Stopped
-from stages.sft.params import VARIANTS, Capability, Params
+from stages.sft.params import VARIANTS, Capability, OwnCourse, Params
 from tests.runtime.conversing import letters
 from tests.stages.skill_dag import (
     CALLED,
@@ -88,6 +88,16 @@ def test_it_writes_an_adapter_a_capability_and_their_figures(dag: TinyDag) -> No
     facts = json.loads(dag.published("sft")["sft.json"])
     assert facts["sums"]["heldout_loss"] == pytest.approx(metrics["sums.heldout_loss"], abs=1e-6)
     assert facts["tools"]["conversations"] == 3  # of four, validation keeps one
+
+
+def test_a_capability_may_take_a_course_of_its_own(dag: TinyDag) -> None:
+    adapters = []
+    short = {"steps": 2, "learning_rate": 1e-3, "general_weight": 0.5}
+    for section, own in ((short, None), ({"steps": 9}, short)):
+        dag.set("sft", **section, capabilities=[capability("tools", CALLED, course=own)])
+        dag.run("sft")
+        adapters.append(dag.published("sft")["tools/adapter_model.safetensors"])
+    assert adapters[0] == adapters[1]
 
 
 def test_an_adapter_says_nothing_of_the_process_and_the_folder_it_was_made_in(dag: TinyDag) -> None:
@@ -171,7 +181,11 @@ def test_layers_that_the_student_does_not_have_are_named(dag: TinyDag) -> None:
     ("changes", "message"),
     [
         ({"capabilities": ()}, "name at least one"),
-        ({"capabilities": (Capability("a", ("b",), (), 0, None),) * 2}, "each once"),
+        ({"capabilities": (Capability("a", ("b",), None, (), 0, None),) * 2}, "each once"),
+        (
+            {"capabilities": (Capability("a", ("b",), OwnCourse(0, 1e-3, 1.0), (), 0, None),)},
+            "capability 'a', 'course': 'steps' is 0",
+        ),
         ({"variant": "qlora"}, "must be one of lora, rslora, dora, pissa"),
         ({"rank": 0}, "'rank' is 0"),
     ],
@@ -179,7 +193,7 @@ def test_layers_that_the_student_does_not_have_are_named(dag: TinyDag) -> None:
 def test_parameters_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     fields = {
         **PARAMS["sft"],
-        "capabilities": (Capability("tools", (CALLED,), (), 0, None),),
+        "capabilities": (Capability("tools", (CALLED,), None, (), 0, None),),
         **changes,
     }
     with pytest.raises(ValueError, match=message):
@@ -188,4 +202,4 @@ def test_parameters_out_of_range_are_refused(changes: dict[str, Any], message: s
 
 def test_a_capability_without_conversations_is_refused() -> None:
     with pytest.raises(ValueError, match="capability 'tools' has no 'conversations'"):
-        Capability("tools", (), (), 0, None)
+        Capability("tools", (), None, (), 0, None)

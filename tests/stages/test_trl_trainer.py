@@ -116,7 +116,7 @@ def test_the_real_unsloth_teaches_a_student(tmp_path: Path) -> None:
 
 
 def params(**changes: Any) -> Params:
-    capabilities = (Capability("tools", (CALLED,), (), 0, None),)
+    capabilities = (Capability("tools", (CALLED,), None, (), 0, None),)
     return Params(**{**PARAMS["sft"], "capabilities": capabilities, **changes})
 
 
@@ -126,7 +126,7 @@ def params(**changes: Any) -> Params:
         ({"trainer": "axolotl"}, "must be one of own, trl, unsloth"),
         ({"trainer": "trl", "packing": True}, "'packing' is true, .*'trainer' to own"),
         (
-            {"trainer": "trl", "capabilities": (Capability("a", ("b",), (), 0, EXPERTS),)},
+            {"trainer": "trl", "capabilities": (Capability("a", ("b",), None, (), 0, EXPERTS),)},
             "'experts' of a .*trainer 'trl' does not",
         ),
         ({"trainer": "unsloth", "variant": "pissa"}, "pissa, which changes the weights"),
