@@ -4,9 +4,10 @@
     .venv/bin/python benchmarks/serving_memory.py STUDENT --adapters 8 --contexts 2048 --rows 1
 
 Each case is a process of its own. It imports what serves, plans (modeling/serving_memory.py, from
-headers alone), and only then opens the model, holds its adapters (random numbers, every linear
-layer of every block, rank 16), packs the weights, reads a prompt a row and decodes to the end of
-the context with runtime.generation's Engine. Printed are the prediction, the most resident memory
+headers alone), and only then opens the model, puts adapters (random numbers, every linear layer of
+every block, rank 16) into a bank, packs the weights, reads a prompt a row and decodes to the end of
+the context with runtime.generation's Engine, each row with an adapter, all of which are used where
+there are rows for it. Printed are the prediction, the most resident memory
 that the system saw (VmHWM), and their ratio; the last line is the case that is furthest off.
 
 Measured (AVX2, float32, one thread, a SmolLM2 of 24 blocks): 8 adapters, 2 rows of 256 tokens,
@@ -26,13 +27,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from modeling.backends import compute_dtype
 from modeling.checkpoint import read_checkpoint
 from modeling.loading import open_model, open_tokenizer
 from modeling.served_sizes import IN_BLOCK
 from modeling.serving_memory import serving_need
+from runtime.adapters.bank import AdapterBank
 from runtime.generation.answers import Sampling
 from runtime.generation.engine import Engine
 from runtime.generation.products import packing_for
@@ -99,6 +101,8 @@ def make_adapter(folder: Path, adapter: Path, seed: int) -> None:
             tensors[f"{layer}.lora_B.weight"] = torch.randn(outputs, RANK, generator=generator)
     adapter.mkdir()
     save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}
+    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -113,20 +117,17 @@ def serve(options: argparse.Namespace) -> None:
     )  # fmt: skip
     model, tokenizer = open_model(options.folder, device), open_tokenizer(options.folder)
     model.generation_config.eos_token_id = tokenizer.eos_token = None
-    held = [load_adapter(adapter, dtype, device) for adapter in options.case]
-    engine = Engine(model, tokenizer)
+    bank = AdapterBank(model, budget_bytes=max(1, need.adapted))
+    for adapter in options.case:
+        bank.add(adapter.name, adapter)
+    names = [adapter.name for adapter in options.case] or [None]
+    engine = Engine(model, tokenizer, bank=bank)
     prompt = [3 + n % 1000 for n in range(context - ANSWER_TOKENS)]
     prompts = [prompt[row:] + prompt[:row] for row in range(options.rows)]
-    engine.answer(prompts, 1, Sampling(1.0, 1.0, ANSWER_TOKENS, max_calls=0, seed=0))
-    assert len(held) == len(options.case)  # they are held to the end
+    mixed = [names[row % len(names)] for row in range(options.rows)]
+    engine.answer(prompts, 1, Sampling(1.0, 1.0, ANSWER_TOKENS, max_calls=0, seed=0), mixed)
     print(need.table(), engine.path, sep="\n", file=sys.stderr)
     print(json.dumps({"predicted": need.total, "measured": peak_bytes(device)}))
-
-
-def load_adapter(folder: Path, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """An adapter's tensors in the type they are computed in; nothing of its file stays mapped."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    return {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
 
 
 def peak_bytes(device: torch.device) -> int:
