@@ -176,6 +176,7 @@ def _editor() -> YAML:
     editor = YAML()
     editor.width = 400  # a line that a person wrote stays one
     editor.preserve_quotes = True
+    editor.indent(mapping=2, sequence=4, offset=2)  # as the presets do
     return editor
 
 

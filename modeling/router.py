@@ -23,6 +23,7 @@ Letters: N queries, B blocks, D width of states, C capabilities.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import exp
 from pathlib import Path
 
 import torch
@@ -134,14 +135,9 @@ class LossWeights:
     confidence: float
 
 
-def router_loss(
-    logits: Tensor, labels: Tensor, weights: LossWeights, class_weights: Tensor | None = None
-) -> Tensor:
-    """The loss of logits (N, C + 1) and classes (N,); see the module.
-
-    class_weights: (C + 1,), of the cross-entropy alone, where classes have unlike numbers.
-    """
-    loss = cross_entropy(logits, labels, class_weights)
+def router_loss(logits: Tensor, labels: Tensor, weights: LossWeights) -> Tensor:
+    """The loss of logits (N, C + 1) and classes (N,); see the module."""
+    loss = cross_entropy(logits, labels)
     log_p = logits.log_softmax(-1)
     z_loss = logits.logsumexp(-1).square().mean()
     diversity = entropy(log_p.exp().mean(0, keepdim=True).clamp_min(1e-12).log())
@@ -162,7 +158,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     golden = (5**0.5 - 1) / 2
 
     def loss(log_temperature: float) -> float:
-        return cross_entropy(logits / 2.718281828459045**log_temperature, labels).item()
+        return cross_entropy(logits / exp(log_temperature), labels).item()
 
     for _ in range(60):
         one, other = high - golden * (high - low), low + golden * (high - low)
@@ -170,7 +166,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             high = other
         else:
             low = one
-    return 2.718281828459045 ** ((low + high) / 2)
+    return exp((low + high) / 2)
 
 
 def expected_calibration_error(

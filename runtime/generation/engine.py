@@ -111,8 +111,8 @@ class Engine:
 
         adapters: one a prompt: a name of the bank, weights by name, or None for the model as it is;
         those taken are the same for the whole call. Or "routed": the router chooses, and answers
-        say what. Raises ValueError, naming the prompt, for one
-        that is empty or fills the model's context, and what `AdapterBank.take` does.
+        say what. Raises ValueError, naming the prompt, for one that is empty or fills the model's
+        context, and what `AdapterBank.take` does.
         """
         self._check(prompts, candidates)
         routing = self._asked(adapters)
