@@ -7,7 +7,7 @@ adapter, so any way to choose one is a look into the same table, and all differe
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -110,16 +110,20 @@ class RoutingFound:
 
 def assess_routing(queries: Sequence[RoutedQuery], resamples: int, seed: int) -> RoutingFound:
     """Each way's mean score, and routing's gain over it."""
-    scores = {name: torch.tensor(values) for name, values in ways(queries).items()}
-    found = {
-        name: Way(
-            estimate(values, resamples, seed),
-            estimate(scores[ROUTED] - values, resamples, seed),
-            None if name == ROUTED else sign_flip_p((scores[ROUTED] - values).tolist(), seed),
-        )
-        for name, values in scores.items()
-    }
-    return RoutingFound(found, by_capability(queries))
+    found = ways(queries)
+    compared = {name: compare(of, found[ROUTED], resamples, seed) for name, of in found.items()}
+    compared[ROUTED] = replace(compared[ROUTED], p_value=None)
+    return RoutingFound(compared, by_capability(queries))
+
+
+def compare(scores: Sequence[float], routed: Sequence[float], resamples: int, seed: int) -> Way:
+    """A way's scores beside routing's, query by query."""
+    own, gains = torch.tensor(scores), torch.tensor(routed) - torch.tensor(scores)
+    return Way(
+        estimate(own, resamples, seed),
+        estimate(gains, resamples, seed),
+        sign_flip_p(gains.tolist(), seed),
+    )
 
 
 def by_capability(queries: Sequence[RoutedQuery]) -> dict[str, dict[str, float]]:

@@ -131,6 +131,15 @@ def test_what_cannot_be_opened_is_named_and_the_rest_measured(dag: TinyDag) -> N
     assert assess_routing([query], 100, 0).ways[ROUTED].score.value == query.alone
 
 
+def test_without_any_adapter_every_way_is_the_student_as_it_is(dag: TinyDag) -> None:
+    for name in NAMES:
+        (dag.root / "artifacts/sft" / name / "adapter_config.json").unlink()
+    query = opened(dag).score("tools", HELD_OUT[0])
+    assert query.adapters == {} and query.arrow is None
+    found = assess_routing([query], 100, 0).ways
+    assert {way.score.value for way in found.values()} == {query.alone}
+
+
 def test_adapters_of_unlike_ranks_are_not_compared_with_arrow(dag: TinyDag) -> None:
     write_disturbance(dag.root, "devops", 1, rank=4)
     student = opened(dag)

@@ -128,6 +128,22 @@ def test_every_capability_is_asked_for_in_other_wordings_once_each() -> None:
     )
 
 
+def texts_in(part: dict | list) -> list[str]:
+    """All queries below a section of a file."""
+    if isinstance(part, list):
+        return part
+    return [text for of in part.values() for text in texts_in(of)]
+
+
+def test_what_is_learnt_says_nothing_in_the_words_of_what_is_measured() -> None:
+    def sevens(text: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"\w+", text.lower())
+        return {tuple(words[at : at + 7]) for at in range(len(words) - 6)} | {tuple(words)}
+
+    measured = {run for text in texts_in(strict_yaml(MEASURED)) for run in sevens(text)}
+    assert not [text for text in texts_in(strict_yaml(LEARNT)) if sevens(text) & measured]
+
+
 def test_a_block_that_the_student_does_not_have_is_refused_before_it_reads(dag: TinyDag) -> None:
     dag.set("route", blocks=[1, 3])
     with pytest.raises(ValueError, match=r"blocks \[3\], but the student has 2"):

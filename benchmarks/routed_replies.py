@@ -1,0 +1,117 @@
+"""What choosing adapters is worth, end to end: the router's choice beside every other way.
+
+    .venv/bin/python benchmarks/routed_replies.py artifacts OUT [--queries 100] [--minilm FOLDER]
+
+artifacts: with distill, prepare, route and sft, as the pipeline leaves them.  Held-out queries, at
+most so many a capability, are scored as stage `benchmark` does (stages/benchmark/routing.py): the
+share of the right reply's tokens that the model names first. The scores stay in OUT/routing.json,
+so that a run that is stopped, or repeated, goes on from there.
+
+    minilm   a way more: logistic regression on the embeddings of a folder with all-MiniLM-L6-v2,
+             which learns from the queries that the router learnt from; it answers always or leaves
+             the student as it is, as the router does
+
+Printed: each way's mean score, what routing gains over it with the 95 % interval and the p-value of
+the paired difference, and the scores by the capability of the queries.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.clinc import embed, regress
+from stages.benchmark.replies import RoutedStudent
+from stages.benchmark.routing import (
+    MEANINGS,
+    ROUTED,
+    RoutedQuery,
+    RoutingScores,
+    Way,
+    assess_routing,
+    compare,
+    heldout_queries,
+    ways,
+)
+from stages.route.queries import Query, gather
+
+LEARNT_QUERIES, VALIDATION_SHARE, SEED = 240, 0.2, 0  # as presets/laptop.yaml, section route
+RESAMPLES, EVERY = 1000, 10  # of intervals; queries between two writings
+
+
+def main() -> None:
+    """Score, assess, print tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("artifacts", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--queries", type=int, default=100, help="a capability at most (100)")
+    parser.add_argument("--minilm", type=Path, help="a folder with all-MiniLM-L6-v2")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    artifacts = options.artifacts
+    student = RoutedStudent(artifacts / "distill/student", artifacts / "route", artifacts / "sft")
+    for what, reason in student.without.items():
+        print(f"without {what}: {reason}")
+    told = heldout_queries(artifacts / "prepare", student.capabilities, options.queries)
+    queries = score(student, told, options.out)
+    found = assess_routing(queries, RESAMPLES, SEED)
+    print("\n| adapter | score | routing gains | p |\n|---|---|---|---|")
+    for name, way in found.ways.items():
+        print(row(MEANINGS.get(name, name), way))
+    if options.minilm is not None:
+        chosen = by_minilm(options.minilm, artifacts / "prepare", student.capabilities, queries)
+        print(row("the choice of MiniLM and logistic regression", beside_router(chosen, queries)))
+        print(f"\nMiniLM chooses right: {right(chosen):.1%}; the router: {right(queries):.1%}")
+    print("\n| queries | " + " | ".join(found.ways) + " |\n" + "|---" * (len(found.ways) + 1) + "|")
+    for name, scores in found.capabilities.items():
+        print(f"| {name} | " + " | ".join(f"{value:.1%}" for value in scores.values()) + " |")
+
+
+def score(student: RoutedStudent, told: list, out: Path) -> list[RoutedQuery]:
+    """Score the queries; goes on from what is in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    scores = RoutingScores()
+    if (out / "routing.json").exists():
+        scores.load(out)
+    for capability, conversation in told[len(scores.queries) :]:
+        scores.queries.append(student.score(capability, conversation))
+        if len(scores.queries) % EVERY == 0 or len(scores.queries) == len(told):
+            scores.save(out)
+            print(f"scored {len(scores.queries)} of {len(told)} queries", flush=True)
+    return scores.queries
+
+
+def by_minilm(
+    folder: Path, prepared: Path, capabilities: tuple[str, ...], queries: list[RoutedQuery]
+) -> list[RoutedQuery]:
+    """The same queries, with the choices of a regression on sentence embeddings."""
+    known = gather(prepared, capabilities, LEARNT_QUERIES, VALIDATION_SHARE, SEED)
+    classes: list[str | None] = [*capabilities, None]
+    parts = [known.train, known.validation, [Query(q.request, q.capability) for q in queries]]
+    embedded = [embed(folder, [query.text for query in part]) for part in parts]
+    labels = [torch.tensor([classes.index(q.capability) for q in part]) for part in parts[:2]]
+    found = regress(*embedded, *labels).argmax(-1).tolist()
+    return [replace(q, chosen=classes[place]) for q, place in zip(queries, found, strict=True)]
+
+
+def beside_router(chosen: list[RoutedQuery], queries: list[RoutedQuery]) -> Way:
+    """Queries as something else chose for them, beside the router's choices."""
+    return compare(ways(chosen)[ROUTED], ways(queries)[ROUTED], RESAMPLES, SEED)
+
+
+def right(queries: list[RoutedQuery]) -> float:
+    """How many queries got the capability that they are of."""
+    return sum(query.chosen == query.capability for query in queries) / len(queries)
+
+
+def row(name: str, way: Way) -> str:
+    """One line of the table."""
+    p = "" if way.p_value is None else f"{way.p_value:.2g}"
+    return f"| {name} | {way.score.format()} | {way.routed_gains.format()} | {p} |"
+
+
+if __name__ == "__main__":
+    main()
