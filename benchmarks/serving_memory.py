@@ -10,10 +10,14 @@ the context with runtime.generation's Engine, each row with an adapter, all of w
 there are rows for it. Printed are the prediction, the most resident memory
 that the system saw (VmHWM), and their ratio; the last line is the case that is furthest off.
 
-Measured (AVX2, float32, one thread, a SmolLM2 of 24 blocks): 8 adapters, 2 rows of 256 tokens,
-1,429 MiB predicted, 1,388 measured, 1.029; 1 adapter, 1 row of 1,024, 1,365 and 1,381, 0.989. By
-hand, without adapters: 1.002 for 1 row of 968 and 0.965 for 4. The nine cases of the default have
-not been run together yet.
+Measured (AVX2, float32, one thread, a SmolLM2 of 24 blocks, 2 rows), predicted / measured, MiB:
+
+    adapters       256 tokens            1,024                 2,048
+    1              1,325 / 1,293 1.025   1,450 / 1,479 0.981   1,618 / 1,664 0.972
+    4              1,369 / 1,329 1.031   1,495 / 1,525 0.981   1,663 / 1,706 0.975
+    8              1,429 / 1,396 1.024   1,555 / 1,562 0.995   1,722 / 1,735 0.993
+
+With 8 rows of 256 tokens, an adapter of its own each: 1,560 / 1,557.
 
 On a GPU (--device cuda) it is the memory that torch gave out at the most there; where there is
 none, the benchmark says so and ends.
