@@ -89,7 +89,7 @@ class StageRunner:
             raise StageStopped(f"{node.name}: {outcome['reason']}")
         if outcome["state"] == "failed":
             raise StageFailed(node.name, outcome["reason"], outcome["retry"])
-        if self.stopping.is_set():
+        if self.stopping.is_set() and outcome["state"] != "done":
             raise StageStopped(f"{node.name}: ended before its first checkpoint was due")
         if outcome["state"] == "done":
             raise StageFailed(node.name, f"DVC could not store the result; {last_lines(log)}", True)
@@ -144,7 +144,8 @@ class StageRunner:
         """
         pid = self._stage_pid(node.name)
         with contextlib.suppress(ProcessLookupError):
-            if pid is None and not asked:  # the stage has not begun
+            begun = self._outcome(node).get("token") == self.token
+            if not begun and process.pid not in asked:
                 os.killpg(process.pid, signal.SIGTERM)
             elif pid is not None and pid not in asked:
                 os.kill(pid, signal.SIGTERM)
