@@ -5,11 +5,10 @@
 artifacts: with distill, prepare, route and sft, as the pipeline leaves them.  Held-out queries, at
 most so many a capability, are scored as stage `benchmark` does (stages/benchmark/routing.py): the
 share of the right reply's tokens that the model names first. The scores stay in OUT/routing.json,
-so that a run that is stopped, or repeated, goes on from there.
+so that a run that is stopped goes on from there: a folder for each set of artifacts.
 
     minilm   a way more: logistic regression on the embeddings of a folder with all-MiniLM-L6-v2,
-             which learns from the queries that the router learnt from; it answers always or leaves
-             the student as it is, as the router does
+             which learns from the queries that the router learnt from (params.yaml, route)
 
 Printed: each way's mean score, what routing gains over it with the 95 % interval and the p-value of
 the paired difference, and the scores by the capability of the queries.
@@ -22,22 +21,22 @@ from pathlib import Path
 import torch
 
 from benchmarks.clinc import embed, regress
+from registry.strict import strict_yaml
 from stages.benchmark.replies import RoutedStudent
 from stages.benchmark.routing import (
-    MEANINGS,
+    MINILM,
     ROUTED,
     RoutedQuery,
     RoutingScores,
-    Way,
     assess_routing,
     compare,
     heldout_queries,
+    routing_table,
     ways,
 )
 from stages.route.queries import Query, gather
 
-LEARNT_QUERIES, VALIDATION_SHARE, SEED = 240, 0.2, 0  # as presets/laptop.yaml, section route
-RESAMPLES, EVERY = 1000, 10  # of intervals; queries between two writings
+RESAMPLES, SEED, EVERY = 1000, 0, 10  # of intervals; queries between two writings
 
 
 def main() -> None:
@@ -58,12 +57,12 @@ def main() -> None:
     told = heldout_queries(artifacts / "prepare", student.capabilities, options.queries)
     queries = score(student, told, options.out)
     found = assess_routing(queries, RESAMPLES, SEED)
-    print("\n| adapter | score | routing gains | p |\n|---|---|---|---|")
-    for name, way in found.ways.items():
-        print(row(MEANINGS.get(name, name), way))
+    compared = dict(found.ways)
     if options.minilm is not None:
         chosen = by_minilm(options.minilm, artifacts / "prepare", student.capabilities, queries)
-        print(row("the choice of MiniLM and logistic regression", beside_router(chosen, queries)))
+        compared[MINILM] = compare(ways(chosen)[ROUTED], ways(queries)[ROUTED], RESAMPLES, SEED)
+    print("\n".join(["", *routing_table(compared)]))
+    if options.minilm is not None:
         print(f"\nMiniLM chooses right: {right(chosen):.1%}; the router: {right(queries):.1%}")
     print("\n| queries | " + " | ".join(found.ways) + " |\n" + "|---" * (len(found.ways) + 1) + "|")
     for name, scores in found.capabilities.items():
@@ -76,6 +75,9 @@ def score(student: RoutedStudent, told: list, out: Path) -> list[RoutedQuery]:
     scores = RoutingScores()
     if (out / "routing.json").exists():
         scores.load(out)
+    stored = [(query.capability, query.request) for query in scores.queries]
+    if stored != [(capability, one.prompt) for capability, one in told[: len(stored)]]:
+        raise SystemExit(f"{out} holds scores of other queries; name another folder, or delete it")
     for capability, conversation in told[len(scores.queries) :]:
         scores.queries.append(student.score(capability, conversation))
         if len(scores.queries) % EVERY == 0 or len(scores.queries) == len(told):
@@ -88,7 +90,10 @@ def by_minilm(
     folder: Path, prepared: Path, capabilities: tuple[str, ...], queries: list[RoutedQuery]
 ) -> list[RoutedQuery]:
     """The same queries, with the choices of a regression on sentence embeddings."""
-    known = gather(prepared, capabilities, LEARNT_QUERIES, VALIDATION_SHARE, SEED)
+    route = strict_yaml(Path("params.yaml"))["route"]
+    known = gather(
+        prepared, capabilities, route["queries"], route["validation_share"], route["seed"]
+    )
     classes: list[str | None] = [*capabilities, None]
     parts = [known.train, known.validation, [Query(q.request, q.capability) for q in queries]]
     embedded = [embed(folder, [query.text for query in part]) for part in parts]
@@ -97,20 +102,9 @@ def by_minilm(
     return [replace(q, chosen=classes[place]) for q, place in zip(queries, found, strict=True)]
 
 
-def beside_router(chosen: list[RoutedQuery], queries: list[RoutedQuery]) -> Way:
-    """Queries as something else chose for them, beside the router's choices."""
-    return compare(ways(chosen)[ROUTED], ways(queries)[ROUTED], RESAMPLES, SEED)
-
-
 def right(queries: list[RoutedQuery]) -> float:
     """How many queries got the capability that they are of."""
     return sum(query.chosen == query.capability for query in queries) / len(queries)
-
-
-def row(name: str, way: Way) -> str:
-    """One line of the table."""
-    p = "" if way.p_value is None else f"{way.p_value:.2g}"
-    return f"| {name} | {way.score.format()} | {way.routed_gains.format()} | {p} |"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from flows.lock import Holder
 from flows.plan import Node, read_metrics, read_nodes
 
 CAPABILITIES = "artifacts/benchmark/capabilities.json"  # stages/benchmark/capabilities.py
+SCORES = ("score", "score_routed", "score_alone")
+TITLE = "capabilities: tokens of right replies that the student names first"
 
 
 def show_status(root: Path, console: Console) -> None:
@@ -34,13 +36,13 @@ def show_status(root: Path, console: Console) -> None:
 
 def capabilities(records: list[dict[str, Any]]) -> Table:
     """What the student can do, by the last benchmark: one row a capability."""
-    table = Table(title="capabilities", title_justify="left", expand=False)
-    for column in ("capability", "tier", "rank", "MiB", "right tokens", "without", "teacher"):
+    table = Table(title=TITLE, title_justify="left", expand=False)
+    for column in ("capability", "tier", "rank", "MiB", "own adapter", "routed", "none", "teacher"):
         table.add_column(column, overflow="fold")
     for one in records:
         size = "no adapter" if one["bytes"] is None else f"{one['bytes'] / 2**20:.1f}"
         rank = "" if one["rank"] is None else str(one["rank"])
-        shares = (_share(one[key]) for key in ("score", "score_alone"))
+        shares = (_share(one[key]) for key in SCORES)
         table.add_row(one["name"], one["tier"], rank, size, *shares, one["teacher"])
     return table
 

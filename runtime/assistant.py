@@ -40,16 +40,20 @@ class Reply:
 class Assistant:
     """Answers texts with an engine."""
 
-    def __init__(self, engine: Engine, most_tokens: int = MOST_TOKENS) -> None:
+    def __init__(
+        self, engine: Engine, most_tokens: int = MOST_TOKENS, most_own_tokens: int | None = None
+    ) -> None:
+        """most_tokens: of a request that are read.  most_own_tokens: that an answer may ask for."""
         if most_tokens < 1:
             raise ValueError(f"most_tokens is {most_tokens}; it must be 1 or more")
-        self._engine, self._most = engine, most_tokens
+        self._engine, self._most, self._most_own = engine, most_tokens, most_own_tokens
         self._edges = sum(request_edges(engine.tokenizer))
 
     def reply(self, requests: Sequence[str | bytes], sampling: Sampling) -> list[Reply]:
         """Answer requests together, in their order.
 
-        Raises ValueError where sampling leaves no room in the model's context for any request.
+        Raises ValueError where sampling leaves no room in the model's context for any request, and
+        where it asks for longer answers than memory was planned for.
         """
         most = self._room(sampling)
         tidied = [fit(tidy(request), self._engine.tokenizer, most) for request in requests]
@@ -63,6 +67,11 @@ class Assistant:
 
     def _room(self, sampling: Sampling) -> int:
         """How many tokens of a request are read."""
+        if self._most_own is not None and sampling.max_own_tokens > self._most_own:
+            raise ValueError(
+                f"max_own_tokens is {sampling.max_own_tokens}, and memory was planned for answers "
+                f"of {self._most_own} tokens; ask for fewer, or plan for more"
+            )
         context = self._engine.context
         if context is None:
             return self._most

@@ -23,8 +23,9 @@ from runtime.adapters.bank import AdapterBank
 from runtime.assistant import Assistant
 from runtime.generation.engine import Engine, Toolbox
 from runtime.generation.products import packing_for
+from runtime.prompt import request_edges
 
-TEACHERS = ("grpo", "toolformer", "sft")  # stages that teach skills, the last first
+TAUGHT_BY = ("sft", "toolformer", "grpo")  # stages that teach skills, in their order
 ROWS, ANSWER_TOKENS = 8, 256  # that a tier's memory is planned for
 
 
@@ -49,7 +50,7 @@ class Skills:
 def skills_in(artifacts: Path) -> Skills:
     """What the pipeline left: of each capability, the adapter of the last stage that taught it."""
     adapters: dict[str, Path] = {}
-    for stage in reversed(TEACHERS):
+    for stage in TAUGHT_BY:
         for config in sorted((artifacts / stage).glob("*/adapter_config.json")):
             adapters[config.parent.name] = config.parent
     return Skills(artifacts / "distill" / "student", artifacts / "route", adapters)
@@ -61,7 +62,8 @@ def plan(
     """What serving the skills takes at the tier's context, read from headers alone.
 
     Raises WillNotFit where that is more than the tier allows, or than this machine has free, and
-    says what would fit.
+    says what would fit; and what serving_need does, as ValueError for a model without keys and
+    values (Mamba).
     """
     device = default_device()
     dtype = compute_dtype(device)
@@ -82,15 +84,22 @@ def open_assistant(
 ) -> Assistant:
     """Plan, refuse what does not fit, then load; raises what `plan` and the folders' readers do.
 
-    rows: answers at once.  answer_tokens: of an answer, that prompts leave room for.
+    rows: answers at once.  answer_tokens: of an answer at most; prompts get the rest of the tier's
+    context. Raises ValueError where that leaves no room.
     """
     served = skills.within(tier)
     need = plan(served, tier, rows, answer_tokens)
-    model = open_model(served.student, default_device())
     tokenizer = open_tokenizer(served.student)
+    room = need.context - answer_tokens - sum(request_edges(tokenizer))
+    if room < 1:
+        raise ValueError(
+            f"answer_tokens is {answer_tokens}, and with the template nothing is left of a context "
+            f"of {need.context} tokens for a request; at most {answer_tokens + room - 1} fit"
+        )
+    model = open_model(served.student, default_device())
     bank = AdapterBank(model, budget_bytes=max(1, need.adapted))
     for name, folder in served.adapters.items():
         bank.add(name, folder)
     router = open_router(served.router, model.config.get_text_config().hidden_size)
     engine = Engine(model, tokenizer, tools, rows_at_once=rows, bank=bank, router=router)
-    return Assistant(engine, most_tokens=need.prompt_tokens)
+    return Assistant(engine, most_tokens=room, most_own_tokens=answer_tokens)

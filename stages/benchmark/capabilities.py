@@ -12,7 +12,7 @@ from registry.catalog import lookup
 from runtime.adapters.bank import AdapterState
 from stages.benchmark.routing import RoutedQuery
 
-FILE = "capabilities.json"
+FILE, STAGE = "capabilities.json", "sft"
 
 
 def describe(
@@ -24,8 +24,9 @@ def describe(
     """One record a capability that the router knows.
 
     rank and bytes are None where there is no adapter: the student answers such queries as it is.
-    score and score_alone: mean shares of the right replies' tokens (stages/benchmark/routing.py),
-    with its own adapter and with none; None where no held-out query was measured.
+    stage: whose adapter it is; a later one may have taught it more.  score, score_routed,
+    score_alone: mean shares of the right replies' tokens (stages/benchmark/routing.py) with its own
+    adapter, the one that the router chooses, and none; None where nothing was measured.
     """
     records = []
     for name in names:
@@ -38,8 +39,10 @@ def describe(
                 "tier": entry.tier,
                 "rank": adapter and adapter.rank,
                 "bytes": adapter and adapter.bytes,
+                "stage": adapter and STAGE,
                 "queries": len(own),
                 "score": _mean([q.adapters.get(name, q.alone) for q in own]),
+                "score_routed": _mean([q.adapters.get(q.chosen or "", q.alone) for q in own]),
                 "score_alone": _mean([q.alone for q in own]),
                 "teacher": teacher,
             }

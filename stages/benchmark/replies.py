@@ -19,7 +19,7 @@ from runtime.adapters.rows import Mix, deltas_of
 from runtime.generation.any_model import adding
 from runtime.prompt import prompt_tokens
 from stages.benchmark.routing import RoutedQuery
-from stages.benchmark.scoring import final_states
+from stages.benchmark.scoring import CHUNK_TOKENS, final_states
 from stages.formats.conversations import Conversation
 from stages.learning.supervision import Example, encode
 
@@ -29,8 +29,8 @@ NO_BUDGET = 1 << 62  # bytes: all adapters stay in memory
 class RoutedStudent:
     """A student, its router, and the adapters that the router chooses between.
 
-    without: what could not be opened, and why: adapters that are not there or not plain lora, and
-    Arrow, where PEFT cannot build it of them.
+    without: what could not be opened, and why: adapters that sft did not teach, or that are no
+    plain lora, and Arrow, where PEFT cannot build it of them.
     """
 
     def __init__(self, student: Path, router: Path, adapters: Path) -> None:
@@ -84,5 +84,8 @@ def reply_scores(model: PreTrainedModel, example: Example, mixes: Sequence[Mix])
     with adding(model, deltas_of(mixes, [len(example)] * len(mixes), model.device)):
         states = final_states(model, tokens)
     counted = torch.tensor(example.counted[1:], device=model.device)
-    said = dissect(model).head(states[:, :-1][:, counted]).argmax(-1)
-    return (said == tokens[:, 1:][:, counted]).float().mean(-1).tolist()
+    before, labels = states[:, :-1][:, counted], tokens[:, 1:][:, counted]
+    head, hits = dissect(model).head, torch.zeros(len(mixes), device=model.device)
+    for part in torch.arange(labels.shape[1]).split(max(1, CHUNK_TOKENS // len(mixes))):
+        hits += (head(before[:, part]).argmax(-1) == labels[:, part]).sum(-1)
+    return (hits / labels.shape[1]).tolist()

@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.benchmark.findings import LABELS, STUDENT, Findings
 from stages.benchmark.pictures import draw_capabilities, draw_chart, draw_drift
-from stages.benchmark.routing import MEANINGS, RoutingFound, routing_verdicts
+from stages.benchmark.routing import meaning, routing_table, routing_verdicts
 from stages.benchmark.scoring import TEACHER, Estimate
 from stages.benchmark.skills import Skill, skill_verdicts
 
@@ -26,7 +26,7 @@ def write_reports(findings: Findings, folder: Path) -> None:
         profile=_embedded(findings.profile_picture.read_bytes()),
         drift=_embedded(draw_drift(findings.drift)) if findings.drift else None,
         capabilities=routing and _embedded(draw_capabilities(routing.capabilities)),
-        meanings=MEANINGS,
+        meaning=meaning,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     (folder / "test_report.md").write_text(markdown(findings), encoding="utf-8")
@@ -88,7 +88,8 @@ def markdown(findings: Findings) -> str:
             ]
             lines.append(f"| {LABELS.get(name, name)} | {' | '.join(cells)} |")
     lines += _skill_table(findings.skills)
-    lines += _routing_table(findings.routing) if findings.routing else []
+    if findings.routing:
+        lines += ["", "## Which adapter answers", "", *routing_table(findings.routing.ways)]
     lines += ["", "## Size and speed", "", "| | teacher | student |", "|---|---|---|"]
     for key in findings.speed[TEACHER]:
         values = [findings.speed[name].get(key, float("nan")) for name in (TEACHER, STUDENT)]
@@ -114,14 +115,3 @@ def _skill_table(skills: dict[str, Skill]) -> list[str]:
 
 def _embedded(picture: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(picture).decode()
-
-
-def _routing_table(found: RoutingFound) -> list[str]:
-    """Lines of a table of the ways to choose an adapter."""
-    lines = ["", "## Which adapter answers", "", "| adapter | score | routing gains | p |"]
-    lines.append("|---|---|---|---|")
-    for name, way in found.ways.items():
-        p = "" if way.p_value is None else f"{way.p_value:.2g}"
-        gains = "" if way.p_value is None else way.routed_gains.format()
-        lines.append(f"| {MEANINGS.get(name, name)} | {way.score.format()} | {gains} | {p} |")
-    return lines

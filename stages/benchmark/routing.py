@@ -6,7 +6,7 @@ adapter, so any way to choose one is a look into the same table, and all differe
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -19,12 +19,15 @@ from stages.formats.conversations import Conversation, read_conversations
 from stages.measuring.statistics import sign_flip_p
 
 ROUTED, ORACLE, ALONE, MERGED, ARROW = "routed", "oracle", "no adapter", "merged", "arrow"
+ONLY = "only "  # an adapter's name behind it
+MINILM = "minilm"  # measured by benchmarks/routed_replies.py alone
 MEANINGS = {
     ROUTED: "the router's choice",
     ORACLE: "the adapter of the capability that the query is of",
     ALONE: "the student as it is",
     MERGED: "the mean of all adapters, for every query",
     ARROW: "PEFT's Arrow: three adapters a token and layer, by their singular vectors",
+    MINILM: "the choice of logistic regression on MiniLM's embeddings",
 }
 
 
@@ -97,23 +100,30 @@ def ways(queries: Sequence[RoutedQuery]) -> dict[str, list[float]]:
     arrow = [q.arrow for q in queries if q.arrow is not None]
     if len(arrow) == len(queries):
         found[ARROW] = arrow
-    return found | {f"only {n}": [q.adapters[n] for q in queries] for n in queries[0].adapters}
+    return found | {f"{ONLY}{n}": [q.adapters[n] for q in queries] for n in queries[0].adapters}
 
 
 @dataclass(frozen=True)
 class RoutingFound:
-    """What was found: each way over all queries, and mean scores by capability of the query."""
+    """What was found.
+
+    ways: over all queries.  capabilities: mean scores by capability of the query and way.
+    without: what could not be compared, and why.
+    """
 
     ways: dict[str, Way]
     capabilities: dict[str, dict[str, float]]
+    without: dict[str, str] = field(default_factory=dict)
 
 
-def assess_routing(queries: Sequence[RoutedQuery], resamples: int, seed: int) -> RoutingFound:
+def assess_routing(
+    queries: Sequence[RoutedQuery], resamples: int, seed: int, without: dict[str, str] | None = None
+) -> RoutingFound:
     """Each way's mean score, and routing's gain over it."""
     found = ways(queries)
     compared = {name: compare(of, found[ROUTED], resamples, seed) for name, of in found.items()}
     compared[ROUTED] = replace(compared[ROUTED], p_value=None)
-    return RoutingFound(compared, by_capability(queries))
+    return RoutingFound(compared, by_capability(queries), without or {})
 
 
 def compare(scores: Sequence[float], routed: Sequence[float], resamples: int, seed: int) -> Way:
@@ -137,10 +147,10 @@ def by_capability(queries: Sequence[RoutedQuery]) -> dict[str, dict[str, float]]
     }
 
 
-def flatten_routing(found: RoutingFound) -> dict[str, float]:
+def flatten_routing(found: RoutingFound | None) -> dict[str, float]:
     """Flat metrics: routing.WAY, and routing.gain_over.WAY with its interval."""
     flat: dict[str, float] = {}
-    for name, way in found.ways.items():
+    for name, way in found.ways.items() if found else ():
         key = name.replace(" ", "_")
         flat[f"routing.{key}"] = round(way.score.value, 6)
         if way.p_value is not None:
@@ -152,10 +162,9 @@ def flatten_routing(found: RoutingFound) -> dict[str, float]:
 
 def routing_verdicts(found: RoutingFound) -> list[str]:
     """What the scores say, in sentences; whatever routing does not beat is named."""
-    score = found.ways[ROUTED].score.value
     sentences = [
-        f"With an adapter chosen for each query the student names {score:.1%} of the right "
-        "replies' tokens first."
+        "With an adapter chosen for each query the student names, on average over replies, "
+        f"{found.ways[ROUTED].score.value:.1%} of the right reply's tokens first."
     ]
     for name, way in found.ways.items():
         if way.p_value is None:
@@ -163,7 +172,23 @@ def routing_verdicts(found: RoutingFound) -> list[str]:
         gain = way.routed_gains
         verdict = "better than" if gain.low > 0 else "WORSE than" if gain.high < 0 else "level with"
         sentences.append(
-            f"That is {verdict} {MEANINGS.get(name, name)} by {100 * gain.value:+.1f} points "
-            f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] (p = {way.p_value:.2g})."
+            f"That is {verdict} {meaning(name)} (difference {100 * gain.value:+.1f} points "
+            f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}], p = {way.p_value:.2g})."
         )
-    return sentences
+    return sentences + [f"Not compared: {what} ({why})." for what, why in found.without.items()]
+
+
+def routing_table(ways: Mapping[str, Way]) -> list[str]:
+    """Lines of a table of ways to choose an adapter, in Markdown."""
+    lines = ["| adapter | score | routing gains | p |", "|---|---|---|---|"]
+    for name, way in ways.items():
+        cells = ["", ""]
+        if way.p_value is not None:
+            cells = [way.routed_gains.format(), f"{way.p_value:.2g}"]
+        lines.append(f"| {meaning(name)} | {way.score.format()} | {' | '.join(cells)} |")
+    return lines
+
+
+def meaning(way: str) -> str:
+    """A way in words."""
+    return MEANINGS.get(way) or f"adapter {way.removeprefix(ONLY)} for every query"

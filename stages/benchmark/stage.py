@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from registry.catalog import lookup
 from stages.agreement import require_capability, require_prepared
 from stages.contract import Job, Metrics, Stage
 from stages.params import require_at_least
@@ -64,6 +65,8 @@ def check_among(sections: Mapping[str, Any]) -> None:
     """Refuse what other stages' parameters contradict, before anything runs."""
     require_prepared("benchmark", sections["benchmark"].conversations, sections)
     require_capability("benchmark", sections)
+    for capability in sections["sft"].capabilities if "sft" in sections else ():
+        lookup("capabilities", capability.name)  # manifest and router know no others
 
 
 def run(params: Params, job: Job) -> Metrics:
@@ -71,7 +74,7 @@ def run(params: Params, job: Job) -> Metrics:
     from modeling.loading import locate, open_model
     from stages.benchmark.findings import Findings
     from stages.benchmark.report import write_reports
-    from stages.benchmark.routing import assess_routing, flatten_routing
+    from stages.benchmark.routing import flatten_routing
     from stages.benchmark.scoring import TEACHER, compare
     from stages.benchmark.skills import assess, flatten_skills
     from stages.benchmark.speed import peak_memory_gib, time_models
@@ -93,9 +96,7 @@ def run(params: Params, job: Job) -> Metrics:
     sample = next(iter(texts.values()))[: params.drift_rows]
     drift = measure_drift(models, facts["dropped"], profile, sample, params)
     skills = assess(solve_all(folders[STUDENT], params, job))
-    routing = assess_routing(
-        route_all(facts["teacher"], params, job), params.resamples, params.seed
-    )
+    routing = route_all(facts["teacher"], params, job)
     pair = {name: models[name] for name in (TEACHER, STUDENT)}
     speed = time_models(pair, next(iter(texts.values()))[: params.batch_rows], params.speed_rounds)
     for name, place in ((TEACHER, Path(location.path)), (STUDENT, folders[STUDENT])):
@@ -183,27 +184,28 @@ def solve_all(folder: Path, params: Params, job: Job):
 
 
 def route_all(teacher: str, params: Params, job: Job):
-    """Score held-out queries with every adapter; goes on from a checkpoint.
+    """What choosing adapters is worth; None where there is none. Goes on from a checkpoint.
 
     Adapters are sft's, which learnt such replies. Writes routing.json and capabilities.json.
     """
     from stages.benchmark.capabilities import describe, write_capabilities
     from stages.benchmark.replies import RoutedStudent
-    from stages.benchmark.routing import RoutingScores, heldout_queries
+    from stages.benchmark.routing import RoutingScores, assess_routing, heldout_queries
 
     student = RoutedStudent(job.input("distill") / STUDENT, job.input("route"), job.input("sft"))
     for what, reason in student.without.items():
         job.say(f"routing: without {what}: {reason}")
-    names = student.capabilities
-    told = heldout_queries(job.input("prepare"), names, params.routed_queries)
+    told = heldout_queries(job.input("prepare"), student.capabilities, params.routed_queries)
     scores = job.resume(RoutingScores(), "routing")
-    for capability, conversation in told[len(scores.queries) :]:
+    for capability, conversation in told[len(scores.queries) :] if student.adapters else ():
         scores.queries.append(student.score(capability, conversation))
         job.step_done(scores, len(scores.queries), len(told), "routing")
     scores.save(job.output)
-    records = describe(names, student.adapters, scores.queries, teacher)
+    records = describe(student.capabilities, student.adapters, scores.queries, teacher)
     write_capabilities(records, job.output)
-    return scores.queries
+    if not scores.queries:
+        return None
+    return assess_routing(scores.queries, params.resamples, params.seed, student.without)
 
 
 def measure_drift(

@@ -26,11 +26,12 @@ def test_it_survives_a_curve_that_a_kill_cut_short(finished: Project) -> None:
 def test_it_shows_what_each_capability_costs_and_is_worth(finished: Project) -> None:
     assert "capabilities" not in status(finished)
     known = {"tier": "pro", "teacher": "smollm2-135m"}
-    tools = {"name": "tools", "rank": 16, "bytes": 3 << 20, "score": 0.812, "score_alone": 0.35}
-    devops = {"name": "devops", "rank": None, "bytes": None, "score": None, "score_alone": None}
+    scores = {"score": 0.812, "score_routed": 0.807, "score_alone": 0.35}
+    tools = {"name": "tools", "rank": 16, "bytes": 3 << 20, **scores}
+    devops = {"name": "devops", "rank": None, "bytes": None, **dict.fromkeys(scores)}
     manifest = finished.root / CAPABILITIES
     manifest.parent.mkdir(parents=True)
     manifest.write_text(json.dumps([known | tools, known | devops]))
     rows = [line for line in status(finished).splitlines() if " pro " in line]
-    assert all(word in rows[0] for word in ("tools", "16", "3.0", "81.2%", "35.0%", "smollm2-135m"))
-    assert "no adapter" in rows[1] and rows[1].count("not measured") == 2
+    assert all(word in rows[0] for word in ("tools", "16", "3.0", "81.2%", "80.7%", "35.0%"))
+    assert "no adapter" in rows[1] and rows[1].count("not measured") == 3

@@ -11,6 +11,7 @@ from modeling.memory import WillNotFit
 from modeling.router import Router, RouterShape, save_router
 from registry.catalog import lookup
 from runtime.generation.answers import Sampling
+from runtime.prompt import request_edges
 from runtime.serving import Skills, open_assistant, plan, skills_in
 from tests.runtime.adapting import adapter_folder
 from tests.runtime.conversing import letters
@@ -81,7 +82,19 @@ def test_a_smaller_tier_serves_fewer_skills(artifacts: Path) -> None:
 def test_a_request_is_cut_to_what_memory_was_planned_for(artifacts: Path) -> None:
     assistant = open_assistant(skills_in(artifacts), PRO, **SMALL)
     [reply] = assistant.reply(["7" * 500], GREEDY)
-    assert reply.cut
+    [short] = assistant.reply(["7"], GREEDY)
+    assert reply.cut and not short.cut
+    edges = sum(request_edges(letters()))
+    assert edges + assistant._room(GREEDY) + SMALL["answer_tokens"] == PRO.context
+    with pytest.raises(ValueError, match="9, and memory was planned for answers of 8 tokens"):
+        assistant.reply(["7"], replace(GREEDY, max_own_tokens=9))
+
+
+def test_an_answer_that_leaves_no_room_for_a_request_is_refused(
+    artifacts: Path, nothing_loads: None
+) -> None:
+    with pytest.raises(ValueError, match=r"answer_tokens is 128, .* context of 128 tokens"):
+        open_assistant(skills_in(artifacts), PRO, rows=1, answer_tokens=128)
 
 
 def test_too_large_a_plan_is_refused_before_anything_is_loaded(

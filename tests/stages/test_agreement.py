@@ -35,12 +35,12 @@ def test_a_capability_that_sft_does_not_teach_is_refused(
 
 
 def test_grpo_goes_on_from_the_adapter_that_toolformer_makes(tmp_path: Path, capsys) -> None:
-    both = [capability("tools", "arithmetic-tools"), capability("ops", "devops")]
-    sections = {"sft": {"capabilities": both}, "toolformer": {"capability": "ops"}}
+    both = [capability("tools", "arithmetic-tools"), capability("devops", "devops")]
+    sections = {"sft": {"capabilities": both}, "toolformer": {"capability": "devops"}}
     assert checked(tmp_path, capsys, sft={"capabilities": both})[0] == DONE
     code, said = checked(tmp_path, capsys, **sections)
     assert code == BAD_INPUT
-    assert "grpo.capability is 'tools' and toolformer.capability 'ops'" in said
+    assert "grpo.capability is 'tools' and toolformer.capability 'devops'" in said
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,13 @@ def test_conversations_that_prepare_does_not_make_are_refused(
     assert code == BAD_INPUT
     assert f"{stage} reads 'gsm8k-tools', which prepare does not make" in said
     assert "prepare.conversations (now arithmetic-tools, " in said
+
+
+def test_a_skill_that_the_registry_does_not_know_is_refused(tmp_path: Path, capsys) -> None:
+    skills = [capability("tools", "arithmetic-tools"), capability("dev-ops", "devops")]
+    code, said = checked(tmp_path, capsys, sft={"capabilities": skills})
+    assert code == BAD_INPUT
+    assert "unknown capability 'dev-ops'" in said and "devops" in said
 
 
 @pytest.mark.parametrize("stage", ["toolformer", "grpo"])

@@ -25,6 +25,7 @@ from stages.benchmark.routing import (
     assess_routing,
     flatten_routing,
     heldout_queries,
+    routing_table,
     routing_verdicts,
 )
 from stages.formats.conversations import write_conversations
@@ -204,11 +205,21 @@ def test_what_routing_does_not_beat_is_named() -> None:
     found = assess_routing(QUERIES, 200, 0)
     first, *rest = routing_verdicts(found)
     assert "60.0%" in first
-    words = {s.split(" by ")[0].removeprefix("That is "): s for s in rest}
+    words = {s.split(" (diff")[0].removeprefix("That is "): s for s in rest}
     assert "better than the student as it is" in words
     assert "WORSE than PEFT's Arrow: three adapters a token and layer" in str(list(words))
-    assert "better than only devops" in words
-    assert "(p = " in words["better than only devops"] and "+30.0 points" in str(words.values())
+    assert "+30.0 points" in words["better than adapter devops for every query"]
+
+
+def test_what_was_not_compared_is_named_with_its_reason() -> None:
+    found = assess_routing(QUERIES, 200, 0, {"Arrow": "ranks differ"})
+    assert routing_verdicts(found)[-1] == "Not compared: Arrow (ranks differ)."
+
+
+def test_the_table_has_a_line_a_way_and_no_gain_of_routing_over_itself() -> None:
+    heads, _, routed, *others = routing_table(assess_routing(QUERIES, 200, 0).ways)
+    assert heads.count("|") == routed.count("|") and routed.endswith("|  |  |")
+    assert len(others) == 6 and all("[" in line for line in others)
 
 
 def test_metrics_have_a_flat_name_each() -> None:
