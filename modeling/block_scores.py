@@ -1,129 +1,90 @@
-"""How much each structural block of a model contributes: scores from one forward and backward pass.
+"""Scores of structural blocks: how much of a computation hangs on each.
 
-A block's activation x (modeling/block_sites.py) and the gradient g = dL/dx of the same tensor, L
-the sum of the cross-entropies of all next tokens, give for every token
+Of readings (modeling/block_readings.py) over many tokens, with x, g, |x|, |g| as there:
 
-    activation  |x|        gradient  |g|        taylor  <x, g>
+    activation     mean |x|                     gradient    mean |g|
+    taylor         mean |<x, g>|  (Molchanov 2019)
+    second order   mean of  - <x, g> + <x, g>^2 / 2:  what cutting the block costs, in nats a token.
+                   The square of a first derivative stands for the second one, as in the empirical
+                   Fisher information; cross terms between tokens are left out
+    SPS            z(|x|) - z(|g|) of a token (Tiny-ONN's synergistic prediction score): high where
+                   a block is active and little of the loss hangs on it
+    ∫SPS           z of the mean of SPS over tokens
 
-Cutting the block changes L by - <x, g> to first order (Molchanov 2019), and by
-
-    second order = sum over tokens of  - <x, g> + <x, g>^2 / 2
-
-where the squares stand for the curvature, as in the empirical Fisher information. Tiny-ONN's
-
-    SPS = z(|x|) - z(|g|)       of a token; z(v) = (v - median) / (1.4826 MAD), robust, over the
-                                blocks of a kind in the same layer, or in all layers
-    ∫SPS = z(mean of SPS over tokens)
-
-is high where a block is active and little of the loss hangs on it.
-
-Weights may be frozen or quantised: gradients flow to activations alone, and weights get none.
+z(v) = (v - median) / (1.4826 MAD), robust, over the blocks of a kind: in their layer ("layer"), or
+in all layers ("global").
 
 Letters: B rows, T tokens a row, N blocks of a site.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
+from modeling.block_readings import Reading
 from modeling.block_sites import Site
-from modeling.blocks import dissect
-from modeling.losses import text_loss
 
 MAD_TO_DEVIATION = 1.4826  # of a normal distribution
+LAYER, GLOBAL = "layer", "global"
+SCALES = (LAYER, GLOBAL)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What the blocks of a site did: (B, T, N) float32 each; 0 where there is padding."""
+class BlockStatistics:
+    """Sums over tokens, from which all scores follow; grows batch by batch."""
 
-    activation: Tensor
-    gradient: Tensor
-    taylor: Tensor  # signed
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = list(sites)
+        self.tokens = 0
+        self.sums: dict[str, list[Tensor]] = {}  # name -> a site each: (N,) float64
 
-    def __getitem__(self, rows) -> "Reading":
-        return Reading(self.activation[rows], self.gradient[rows], self.taylor[rows])
+    def add(self, readings: Sequence[Reading], real: Tensor) -> None:
+        """Count what the blocks did on the tokens that are real, (B, T) bool."""
+        told = [reading.of(real) for reading in readings]
+        parts: dict[str, list[Tensor]] = {
+            "activation": [one.activation for one in told],
+            "gradient": [one.gradient for one in told],
+            "taylor": [one.taylor.abs() for one in told],
+            "second order": [one.taylor.square() / 2 - one.taylor for one in told],
+        }
+        for scale in SCALES:
+            parts[f"sps {scale}"] = sps(told, self.sites, scale)
+        for name, values in parts.items():
+            new = [value.double().sum(0) for value in values]
+            old = self.sums.get(name, [0.0] * len(new))
+            self.sums[name] = [a + b for a, b in zip(old, new, strict=True)]
+        self.tokens += int(real.sum())
 
+    def mean(self, name: str) -> list[Tensor]:
+        """A mean over tokens, a site each: (N,) float64."""
+        return [total / self.tokens for total in self.sums[name]]
 
-def read_blocks(
-    model: PreTrainedModel,
-    tokens: Tensor,
-    sites: Sequence[Site],
-    real: Tensor | None = None,
-) -> tuple[float, list[Reading]]:
-    """The loss in nats, summed over next tokens, and a reading a site.
-
-    tokens: (B, T) int64.  real: (B, T) bool; False behind a row's end.
-    """
-    real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
-    found: dict[int, Reading] = {}
-    hooks = [
-        model.get_submodule(site.module).register_forward_pre_hook(_watch(place, site, real, found))
-        for place, site in enumerate(sites)
-    ]
-    embedding = model.get_input_embeddings()
-    hooks.append(embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True)))
-    try:
-        with frozen(model), torch.enable_grad():
-            loss = summed_loss(model, tokens, real)
-            loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return loss.item(), [found[place] for place in range(len(sites))]
+    def integrated_sps(self, scale: str) -> list[Tensor]:
+        """∫SPS, a site each: (N,) float64."""
+        return over_kinds(self.mean(f"sps {scale}"), self.sites, scale)
 
 
-def summed_loss(model: PreTrainedModel, tokens: Tensor, real: Tensor) -> Tensor:
-    """The sum of the cross-entropies of all next tokens that are real."""
-    counted = real[:, 1:]
-    states = model.base_model(tokens, use_cache=False).last_hidden_state[:, :-1][counted]
-    head = dissect(model).head
-    states = states.to(head.weight.dtype)
-    return text_loss(states, head.weight.detach(), tokens[:, 1:][counted]) * len(states)
+def sps(readings: Sequence[Reading], sites: Sequence[Site], scale: str) -> list[Tensor]:
+    """SPS of each token and block, a site each: (tokens, N). scale: LAYER or GLOBAL."""
+    activations = over_kinds([one.activation for one in readings], sites, scale)
+    gradients = over_kinds([one.gradient for one in readings], sites, scale)
+    return [a - g for a, g in zip(activations, gradients, strict=True)]
 
 
-def _watch(place: int, site: Site, real: Tensor, found: dict[int, Reading]):
-    """A hook in front of a site that takes its reading when the gradient comes by."""
-
-    def watch(_: nn.Module, given: tuple[Tensor]) -> None:
-        x = given[0]
-        kept = x.detach()
-
-        def take(gradient: Tensor) -> None:
-            found[place] = _read(kept, gradient, site.size, real)
-
-        x.register_hook(take)
-
-    return watch
-
-
-def _read(x: Tensor, gradient: Tensor, size: int, real: Tensor) -> Reading:
-    """The reading of (B, T, N size) activations and gradients."""
-    shape = (*real.shape, -1, size)
-    x, gradient = x.reshape(shape).float(), gradient.reshape(shape).float()
-    where = real[..., None]
-    return Reading(
-        torch.linalg.vector_norm(x, dim=-1) * where,
-        torch.linalg.vector_norm(gradient, dim=-1) * where,
-        (x * gradient).sum(-1) * where,
-    )
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Let no weight of a model ask for a gradient, for as long as the context lasts."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
+def over_kinds(values: Sequence[Tensor], sites: Sequence[Site], scale: str) -> list[Tensor]:
+    """The robust z of values (..., N), a site each, over the blocks of a kind."""
+    if scale == LAYER:
+        return [robust_z(value) for value in values]
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, site in enumerate(sites):
+        places[site.kind].append(place)
+    found: dict[int, Tensor] = {}
+    for members in places.values():
+        together = robust_z(torch.cat([values[place] for place in members], -1))
+        parts = together.split([sites[place].count for place in members], -1)
+        found |= dict(zip(members, parts, strict=True))
+    return [found[place] for place in range(len(sites))]
 
 
 def robust_z(values: Tensor) -> Tensor:
@@ -131,8 +92,3 @@ def robust_z(values: Tensor) -> Tensor:
     apart = values - values.median(-1, keepdim=True).values
     scale = MAD_TO_DEVIATION * apart.abs().median(-1, keepdim=True).values
     return torch.where(scale > 0, apart / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
-
-
-def sps(reading: Reading) -> Tensor:
-    """The synergistic prediction score of each token and block, within the site: (B, T, N)."""
-    return robust_z(reading.activation) - robust_z(reading.gradient)

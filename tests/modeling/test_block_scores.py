@@ -1,115 +1,35 @@
-"""Readings of blocks are what autograd and cutting say, whatever the batch and the padding."""
-
-from collections.abc import Callable
+"""Scores follow from sums: whatever the batches, the order of blocks and the padding."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from modeling.block_scores import read_blocks, robust_z, sps
-from modeling.block_sites import Site, find_sites, kv_groups
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_mamba
+from modeling.block_readings import Reading, read_blocks
+from modeling.block_scores import GLOBAL, LAYER, SCALES, BlockStatistics, over_kinds, robust_z, sps
+from modeling.block_sites import Site, find_sites
+from tests.modeling.test_block_readings import TOKENS
+from tests.tiny import tiny_llama
 
-TOKENS = torch.arange(3 * 12).view(3, 12).mul(31).remainder(97)
-every_model = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mamba])
-
-
-def sites_of(model) -> list[Site]:
-    found = find_sites(model, neurons=8, channels=8)
-    return found + kv_groups(found, model) if any(s.kind == "head" for s in found) else found
+SITES = [Site("a", 0, "head", 4, 4), Site("b", 0, "neurons", 8, 6), Site("c", 1, "head", 4, 4)]
+both_scales = pytest.mark.parametrize("scale", SCALES)
 
 
-def loss_with(model, tokens: Tensor, site: Site | None = None, at: int = 0, by: float = 0.0):
-    """The summed loss with a block's activation scaled by 1 - `by`."""
+def made_up(rows: int, seed: int = 0) -> list[Reading]:
+    generator = torch.Generator().manual_seed(seed)
 
-    def scale(_, given: tuple[Tensor]) -> tuple[Tensor]:
-        factor = torch.ones_like(given[0])
-        factor[..., at * site.size : (at + 1) * site.size] -= by
-        return (given[0] * factor,)
+    def values(site: Site) -> Tensor:
+        return torch.randn(rows, 5, site.count, generator=generator)
 
-    hooks = [model.get_submodule(site.module).register_forward_pre_hook(scale)] if site else []
-    with torch.no_grad():
-        logits = model(tokens, use_cache=False).logits[:, :-1].double().log_softmax(-1)
-    for hook in hooks:
-        hook.remove()
-    return -logits.gather(-1, tokens[:, 1:, None]).sum().item()
+    return [Reading(values(s).abs(), values(s).abs() * 1e-6, values(s)) for s in SITES]
 
 
-@every_model
-def test_the_loss_is_the_models_own(make: Callable) -> None:
-    model = make()
-    loss, _ = read_blocks(model, TOKENS, sites_of(model))
-    assert loss == pytest.approx(loss_with(model, TOKENS), rel=1e-5)
-
-
-@every_model
-def test_gradients_are_those_of_explicit_copies(make: Callable) -> None:
-    model = make().requires_grad_(True)
-    sites = sites_of(model)
-    copies: dict[str, Tensor] = {}
-
-    def copy(name: str) -> Callable:
-        def hook(_, given: tuple[Tensor]) -> tuple[Tensor]:
-            copies[name] = given[0].clone()
-            copies[name].retain_grad()
-            return (copies[name],)
-
-        return hook
-
-    names = {site.module for site in sites}
-    hooks = [model.get_submodule(n).register_forward_pre_hook(copy(n)) for n in names]
-    logits = model(TOKENS, use_cache=False).logits[:, :-1].flatten(0, 1)
-    torch.nn.functional.cross_entropy(logits, TOKENS[:, 1:].flatten(), reduction="sum").backward()
-    for hook in hooks:
-        hook.remove()
-    _, readings = read_blocks(make(), TOKENS, sites)
-    for site, reading in zip(sites, readings, strict=True):
-        x = copies[site.module]
-        shape = (*TOKENS.shape, site.count, site.size)
-        activations, gradients = x.detach().view(shape), x.grad.view(shape)
-        torch.testing.assert_close(reading.activation, activations.norm(dim=-1))
-        torch.testing.assert_close(reading.gradient, gradients.norm(dim=-1), rtol=1e-5, atol=1e-6)
-        taylor = (activations * gradients).sum(-1)
-        torch.testing.assert_close(reading.taylor, taylor, rtol=1e-4, atol=1e-6)
-        assert (reading.gradient[:, :-1] > 0).all(), "a block without gradient"
-
-
-@every_model
-def test_taylor_is_what_a_little_cutting_changes(make: Callable) -> None:
-    model = make()
-    sites = sites_of(model)
-    _, readings = read_blocks(model, TOKENS, sites)
-    for site, reading in zip(sites, readings, strict=True):
-        for at in (0, site.count - 1):
-            slope = (
-                loss_with(model, TOKENS, site, at, 0.02) - loss_with(model, TOKENS, site, at, -0.02)
-            ) / 0.04
-            assert -reading.taylor[..., at].sum().item() == pytest.approx(slope, rel=0.02, abs=2e-3)
-
-
-@every_model
-def test_rows_are_read_alike_together_alone_and_padded(make: Callable) -> None:
-    model = make()
-    sites = sites_of(model)
-    _, together = read_blocks(model, TOKENS, sites)
-    real = torch.ones(3, 17, dtype=torch.bool)
-    real[:, 12:] = False
-    _, padded = read_blocks(model, torch.nn.functional.pad(TOKENS, (0, 5)), sites, real)
-    for row in range(3):
-        _, alone = read_blocks(model, TOKENS[row : row + 1], sites)
-        for one, all_rows, more in zip(alone, together, padded, strict=True):
-            for name in ("activation", "gradient", "taylor"):
-                expected = getattr(one, name)[0]
-                for found in (getattr(all_rows, name)[row], getattr(more, name)[row, :12]):
-                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-            assert not more.activation[row, 12:].any() and not more.gradient[row, 12:].any()
-
-
-def test_weights_get_no_gradient_and_keep_their_wish_for_one() -> None:
-    model = tiny_llama().requires_grad_(True)
-    read_blocks(model, TOKENS, sites_of(model))
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+def statistics(readings: list[Reading], *parts: slice, real: Tensor | None = None):
+    found = BlockStatistics(SITES)
+    real = torch.ones(readings[0].taylor.shape[:2], dtype=torch.bool) if real is None else real
+    for part in parts or (slice(None),):
+        cut = [Reading(r.activation[part], r.gradient[part], r.taylor[part]) for r in readings]
+        found.add(cut, real[part])
+    return found
 
 
 def test_robust_z_is_not_moved_by_an_outlier() -> None:
@@ -118,12 +38,68 @@ def test_robust_z_is_not_moved_by_an_outlier() -> None:
     assert robust_z(torch.ones(4)).tolist() == [0.0] * 4
 
 
-def test_sps_does_not_depend_on_the_order_of_blocks() -> None:
+def test_a_layer_has_a_scale_of_its_own_and_a_kind_one_for_all() -> None:
+    values = [reading.activation for reading in made_up(2)]
+    values[2] = 1000 * values[2]
+    alone, together = (over_kinds(values, SITES, scale) for scale in (LAYER, GLOBAL))
+    torch.testing.assert_close(alone[2], robust_z(values[2]))
+    torch.testing.assert_close(together[1], alone[1])  # the only site of its kind
+    heads = robust_z(torch.cat([values[0], values[2]], -1))
+    torch.testing.assert_close(torch.cat([together[0], together[2]], -1), heads)
+
+
+@both_scales
+def test_scores_do_not_depend_on_how_tokens_come_in_batches(scale: str) -> None:
+    readings = made_up(6)
+    whole = statistics(readings)
+    split = statistics(readings, slice(0, 1), slice(1, 4), slice(4, 6))
+    assert whole.tokens == split.tokens == 30
+    for name in whole.sums:
+        for a, b in zip(whole.mean(name), split.mean(name), strict=True):
+            torch.testing.assert_close(a, b)
+    for a, b in zip(whole.integrated_sps(scale), split.integrated_sps(scale), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_padding_does_not_count() -> None:
+    readings, real = made_up(3), torch.ones(3, 5, dtype=torch.bool)
+    real[2, 2:] = False
+    cut = [Reading(r.activation.clone(), r.gradient.clone(), r.taylor.clone()) for r in readings]
+    for one in cut:
+        one.activation[2, 2:] = one.gradient[2, 2:] = one.taylor[2, 2:] = 1e9
+    expected, found = statistics(readings, real=real), statistics(cut, real=real)
+    assert found.tokens == 12
+    for name in expected.sums:
+        for a, b in zip(expected.mean(name), found.mean(name), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@both_scales
+def test_the_order_of_blocks_does_not_matter(scale: str) -> None:
+    readings, order = made_up(4), torch.tensor([3, 1, 0, 2])
+    moved = list(readings)
+    moved[0] = Reading(*(v[..., order] for v in vars(readings[0]).values()))
+    before, after = (statistics(r).integrated_sps(scale) for r in (readings, moved))
+    torch.testing.assert_close(after[0], before[0][order])
+    torch.testing.assert_close(after[1], before[1])
+
+
+def test_means_are_those_of_the_formulas() -> None:
+    readings = made_up(2)
+    found, taylor = statistics(readings), readings[1].taylor.double().flatten(0, 1)
+    torch.testing.assert_close(found.mean("taylor")[1], taylor.abs().mean(0))
+    expected = (-taylor + taylor.square() / 2).mean(0)
+    torch.testing.assert_close(found.mean("second order")[1], expected, atol=1e-6, rtol=1e-5)
+    told = [reading.of(torch.ones(2, 5, dtype=torch.bool)) for reading in readings]
+    means = [values.double().mean(0) for values in sps(told, SITES, LAYER)]
+    torch.testing.assert_close(found.mean("sps layer"), means)
+
+
+def test_every_block_of_a_real_model_has_a_score() -> None:
     model = tiny_llama()
-    _, readings = read_blocks(model, TOKENS, sites_of(model))
-    order = torch.tensor([3, 1, 0, 2])
-    one = readings[0]
-    shuffled = type(one)(
-        one.activation[..., order], one.gradient[..., order], one.taylor[..., order]
-    )
-    torch.testing.assert_close(sps(shuffled), sps(one)[..., order])
+    sites = find_sites(model, neurons=8)
+    found = BlockStatistics(sites)
+    real = torch.ones_like(TOKENS, dtype=torch.bool)
+    found.add(read_blocks(model, TOKENS, sites)[1], real)
+    for name in ("activation", "gradient", "taylor"):
+        assert all((mean > 0).all() for mean in found.mean(name)), name

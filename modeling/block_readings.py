@@ -1,0 +1,115 @@
+"""What each structural block of a model did on every token, from one forward and backward pass.
+
+A block's activation x (modeling/block_sites.py) and the gradient g = dL/dx of the same tensor, L
+the sum of the cross-entropies of all next tokens, give for every token
+
+    activation  |x|        gradient  |g|        taylor  <x, g>
+
+Cutting the block would change L by - <x, g> to first order (Molchanov 2019).
+
+Weights may be frozen or quantised: gradients flow to activations alone, and weights get none.
+
+Letters: B rows, T tokens a row, N blocks of a site.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modeling.block_sites import Site
+from modeling.blocks import dissect
+from modeling.losses import text_loss
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the blocks of a site did: (B, T, N) float32 each; 0 where there is padding."""
+
+    activation: Tensor
+    gradient: Tensor
+    taylor: Tensor  # signed
+
+    def of(self, tokens: Tensor) -> "Reading":
+        """Of some tokens alone, (B, T) bool: (tokens, N) each."""
+        return Reading(self.activation[tokens], self.gradient[tokens], self.taylor[tokens])
+
+
+def read_blocks(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    sites: Sequence[Site],
+    real: Tensor | None = None,
+) -> tuple[float, list[Reading]]:
+    """The loss in nats, summed over next tokens, and a reading a site.
+
+    tokens: (B, T) int64.  real: (B, T) bool; False behind a row's end.
+    """
+    real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+    found: dict[int, Reading] = {}
+    hooks = [
+        model.get_submodule(site.module).register_forward_pre_hook(_watch(place, site, real, found))
+        for place, site in enumerate(sites)
+    ]
+    embedding = model.get_input_embeddings()
+    hooks.append(embedding.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True)))
+    try:
+        with frozen(model), torch.enable_grad():
+            loss = summed_loss(model, tokens, real)
+            loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return loss.item(), [found[place] for place in range(len(sites))]
+
+
+def summed_loss(model: PreTrainedModel, tokens: Tensor, real: Tensor) -> Tensor:
+    """The sum of the cross-entropies of all next tokens that are real."""
+    counted = real[:, 1:]
+    states = model.base_model(tokens, use_cache=False).last_hidden_state[:, :-1][counted]
+    head = dissect(model).head
+    states = states.to(head.weight.dtype)
+    return text_loss(states, head.weight.detach(), tokens[:, 1:][counted]) * len(states)
+
+
+def _watch(place: int, site: Site, real: Tensor, found: dict[int, Reading]):
+    """A hook in front of a site that takes its reading when the gradient comes by."""
+
+    def watch(_: nn.Module, given: tuple[Tensor]) -> None:
+        x = given[0]
+        kept = x.detach()
+
+        def take(gradient: Tensor) -> None:
+            found[place] = _read(kept, gradient, site.size, real)
+
+        x.register_hook(take)
+
+    return watch
+
+
+def _read(x: Tensor, gradient: Tensor, size: int, real: Tensor) -> Reading:
+    """The reading of (B, T, N size) activations and gradients."""
+    shape = (*real.shape, -1, size)
+    x, gradient = x.reshape(shape).float(), gradient.reshape(shape).float()
+    where = real[..., None]
+    return Reading(
+        torch.linalg.vector_norm(x, dim=-1) * where,
+        torch.linalg.vector_norm(gradient, dim=-1) * where,
+        (x * gradient).sum(-1) * where,
+    )
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no weight of a model ask for a gradient, for as long as the context lasts."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
