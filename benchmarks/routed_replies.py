@@ -12,6 +12,21 @@ so that a run that is stopped goes on from there: a folder for each set of artif
 
 Printed: each way's mean score, what routing gains over it with the 95 % interval and the p-value of
 the paired difference, and the scores by the capability of the queries.
+
+Measured (laptop student of 24 blocks, six adapters of rank 16, 265 held-out queries; 16 minutes of
+a shared core):
+
+    way                   score   routing gains, points  tools devops code  docs  talk  german
+    router                61.9 %                         98.4  30.3   70.8  43.2  46.3  46.1
+    the right adapter     62.1    - 0.2 [- 0.4, 0.0]     98.4  30.3   70.8  43.7  47.2  46.1
+    MiniLM's choice       61.6    + 0.3 [- 0.1, 0.8]
+    Arrow                 54.7    + 7.2 [5.9, 8.8]       92.1  27.3   64.5  41.6  41.3  27.5
+    mean of all adapters  49.3    + 12.7 [11.0, 14.6]    83.3  26.0   62.9  39.1  41.4  14.1
+    the best single one   48.0    + 14.0 [12.2, 15.6]    translation; the others + 15 to 23
+    none                  38.6    + 23.4 [21.4, 25.6]    59.2  22.6   57.5  29.2  37.3  7.3
+
+The router chooses right 97.7 % of the time, MiniLM 95.8 %. All differences but the first two are
+clear (p = 0.0001). Most of the docs replies stand in the text that the student was distilled on.
 """
 
 import argparse
