@@ -26,7 +26,8 @@ a shared core):
     none                  38.6    + 23.4 [21.4, 25.6]    59.2  22.6   57.5  29.2  37.3  7.3
 
 The router chooses right 97.7 % of the time, MiniLM 95.8 %. All differences but the first two are
-clear (p = 0.0001). Most of the docs replies stand in the text that the student was distilled on.
+clear (p = 0.0001). 24 of the 60 replies of docs stand in the rows that the student was distilled
+on; without all that do, router 63.9, right adapter 64.0, Arrow 56.1, none 39.7 %.
 """
 
 import argparse
