@@ -13,7 +13,7 @@ Letters: B rows, T tokens a row, N blocks of a site.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,15 +79,27 @@ def _watch(place: int, site: Site, real: Tensor, found: dict[int, Reading]):
     """A hook in front of a site that takes its reading when the gradient comes by."""
 
     def watch(_: nn.Module, given: tuple[Tensor]) -> None:
-        x = given[0]
-        kept = x.detach()
+        again = _recomputed(given[0])
 
         def take(gradient: Tensor) -> None:
-            found[place] = _read(kept, gradient, site.size, real)
+            hook.remove()  # it holds what holds it
+            found[place] = _read(again(), gradient, site.size, real)
 
-        x.register_hook(take)
+        hook = given[0].register_hook(take)
 
     return watch
+
+
+def _recomputed(x: Tensor) -> Callable[[], Tensor]:
+    """A way to x in the backward pass, at its place: a product is made again of its factors.
+
+    Autograd keeps these anyway, while x, before a frozen linear layer, would be kept for us alone.
+    """
+    made_by = x.grad_fn
+    if type(made_by).__name__ == "MulBackward0" and x.shape == made_by._saved_self.shape:
+        return lambda: made_by._saved_self.detach() * made_by._saved_other.detach()
+    kept = x.detach()
+    return lambda: kept
 
 
 def _read(x: Tensor, gradient: Tensor, size: int, real: Tensor) -> Reading:
