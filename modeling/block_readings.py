@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from modeling.block_sites import Site
@@ -67,18 +68,38 @@ def read_blocks(
 
 
 def summed_loss(model: PreTrainedModel, tokens: Tensor, real: Tensor) -> Tensor:
-    """The sum of the cross-entropies of all next tokens that are real."""
-    counted = real[:, 1:]
+    """The sum of the cross-entropies of all next tokens that are real.
+
+    Without the logits of all tokens at once where they are a plain product with the head's weight;
+    by the model's own logits where it does more with them (Gemma 2's caps, Granite's factors).
+    """
+    counted, labels = real[:, 1:], tokens[:, 1:]
+    if not _head_is_plain(model, tokens[:1, :2]):
+        logits = model(tokens, use_cache=False).logits[:, :-1][counted]
+        return cross_entropy(logits.float(), labels[counted], reduction="sum")
     states = model.base_model(tokens, use_cache=False).last_hidden_state[:, :-1][counted]
-    head = dissect(model).head
-    states = states.to(head.weight.dtype)
-    return text_loss(states, head.weight.detach(), tokens[:, 1:][counted]) * len(states)
+    weight = dissect(model).head.weight.detach()
+    return text_loss(states.to(weight.dtype), weight, labels[counted]) * len(states)
+
+
+@torch.no_grad()
+def _head_is_plain(model: PreTrainedModel, tokens: Tensor) -> bool:
+    """Whether a model's logits of some tokens are its last states times its head's weight."""
+    own = model(tokens, use_cache=False).logits
+    states = model.base_model(tokens, use_cache=False).last_hidden_state
+    weight = dissect(model).head.weight
+    plain = states.to(weight.dtype) @ weight.T
+    return plain.shape == own.shape and torch.allclose(
+        plain, own.to(plain.dtype), rtol=1e-3, atol=1e-3
+    )
 
 
 def _watch(place: int, site: Site, real: Tensor, found: dict[int, Reading]):
     """A hook in front of a site that takes its reading when the gradient comes by."""
 
     def watch(_: nn.Module, given: tuple[Tensor]) -> None:
+        if not torch.is_grad_enabled():  # a pass that is not the one to read
+            return
         again = _recomputed(given[0])
 
         def take(gradient: Tensor) -> None:

@@ -5,13 +5,26 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from modeling.block_readings import read_blocks
 from modeling.block_sites import Site, find_sites, kv_groups
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mamba
 
 TOKENS = torch.arange(3 * 12).view(3, 12).mul(31).remainder(97)
-every_model = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mamba])
+
+
+def tiny_gemma2():
+    """A model that caps its logits, far below those that it has."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+every_model = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mamba, tiny_gemma2])
 
 
 def sites_of(model) -> list[Site]:
