@@ -37,6 +37,10 @@ FRESH_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change t
 Sizes = dict[str, tuple[int, int]]  # (D, F) by the name of a layer
 
 
+class NotPlain(ValueError):
+    """An adapter that may be sound, but is of a kind that is not served several at once."""
+
+
 @dataclass(frozen=True)
 class LowRank:
     """What an adapter adds to a linear layer's result: scale (x down) up.
@@ -109,8 +113,8 @@ def layer_sizes(model: PreTrainedModel) -> Sizes:
 def inspect_adapter(folder: Path, sizes: Sizes) -> AdapterFolder:
     """Check an adapter's folder against a model's layers, without reading its weights.
 
-    Raises FileNotFoundError for a folder without one, ValueError, naming what is wrong, for one
-    that is no plain lora, is damaged, or does not fit the model.
+    Raises FileNotFoundError for a folder without one, NotPlain for one that is no plain lora, and
+    ValueError, naming what is wrong, for one that is damaged or does not fit the model.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -139,9 +143,9 @@ def inspect_adapter(folder: Path, sizes: Sizes) -> AdapterFolder:
 
 
 def _plain_config(folder: Path) -> dict[str, Any]:
-    """The configuration. Raises ValueError, naming each reason, unless it is that of plain lora."""
+    """The configuration. Raises NotPlain, naming each reason, unless it is that of plain lora."""
     if (folder / EXPERTS).is_file():
-        raise ValueError(
+        raise NotPlain(
             f"{folder} holds experts beside its adapter ({EXPERTS}); they sit behind a block, for "
             "all rows: open it alone (modeling/skills.py, open_skilled)"
         )
@@ -158,7 +162,7 @@ def _plain_config(folder: Path) -> dict[str, Any]:
         reasons["init_lora_weights"] = config["init_lora_weights"]
     if reasons:
         found = ", ".join(f"{key} is {value!r}" for key, value in reasons.items())
-        raise ValueError(
+        raise NotPlain(
             f"{folder} is no plain lora of linear layers: {found}. Several at once are served of "
             "lora and rslora; merge this one into a model of its own (modeling/lora.py)"
         )

@@ -14,6 +14,7 @@ from modeling.loading import open_model, open_tokenizer
 from modeling.lora import open_arrow
 from modeling.router import open_router
 from runtime.adapters.bank import AdapterBank, AdapterState
+from runtime.adapters.folder import NotPlain
 from runtime.adapters.routing import Routing
 from runtime.adapters.rows import Mix, deltas_of
 from runtime.generation.any_model import adding
@@ -34,7 +35,9 @@ class RoutedStudent:
     """
 
     def __init__(self, student: Path, router: Path, adapters: Path) -> None:
-        """adapters: folder of folders, one a capability. Raises BadRouter."""
+        """adapters: folder of folders, one a capability. Raises BadRouter, and what
+        `inspect_adapter` does for an adapter that is damaged.
+        """
         self._model, self._tokenizer = open_model(student), open_tokenizer(student)
         width = self._model.config.get_text_config().hidden_size
         opened = open_router(router, width)
@@ -42,9 +45,12 @@ class RoutedStudent:
         self.without: dict[str, str] = {}
         self._bank = AdapterBank(self._model, NO_BUDGET)
         for name in self.capabilities:
+            if not (adapters / name).is_dir():
+                self.without[f"adapter '{name}'"] = "sft does not teach it"
+                continue
             try:
                 self._bank.add(name, adapters / name)
-            except (FileNotFoundError, ValueError) as error:
+            except NotPlain as error:
                 self.without[f"adapter '{name}'"] = str(error)
         self._routing = Routing(opened, self._bank, self._tokenizer)
         held = self._bank.take(self.adapters)

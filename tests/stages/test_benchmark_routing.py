@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,22 +124,29 @@ def test_an_abstaining_router_leaves_the_student_as_it_is(dag: TinyDag) -> None:
 
 
 def test_what_cannot_be_opened_is_named_and_the_rest_measured(dag: TinyDag) -> None:
-    (dag.root / "artifacts/sft/devops/adapter_model.safetensors").unlink()
+    shutil.rmtree(dag.root / "artifacts/sft/devops")
     student = opened(dag)
     assert list(student.adapters) == ["tools"]
-    assert "holds no adapter" in student.without["adapter 'devops'"]
+    assert student.without["adapter 'devops'"] == "sft does not teach it"
     query = student.score("tools", HELD_OUT[0])
     assert list(query.adapters) == ["tools"] and query.chosen == "devops"
     assert assess_routing([query], 100, 0).ways[ROUTED].score.value == query.alone
 
 
 def test_without_any_adapter_every_way_is_the_student_as_it_is(dag: TinyDag) -> None:
-    for name in NAMES:
-        (dag.root / "artifacts/sft" / name / "adapter_config.json").unlink()
+    shutil.rmtree(dag.root / "artifacts/sft/devops")
+    (dag.root / "artifacts/sft/tools/experts.json").write_text("{}")
+    assert "holds experts" in opened(dag).without["adapter 'tools'"]
     query = opened(dag).score("tools", HELD_OUT[0])
     assert query.adapters == {} and query.arrow is None
     found = assess_routing([query], 100, 0).ways
     assert {way.score.value for way in found.values()} == {query.alone}
+
+
+def test_a_damaged_adapter_is_no_missing_one(dag: TinyDag) -> None:
+    (dag.root / "artifacts/sft/devops/adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="damaged"):
+        opened(dag)
 
 
 def test_adapters_of_unlike_ranks_are_not_compared_with_arrow(dag: TinyDag) -> None:
